@@ -1,0 +1,210 @@
+"""Capture a model as one FX graph whose nodes know the module calls they were traced in.
+
+Three routes give the same kind of graph: Dynamo (as the compile backend sees it), torch.export
+(non-strict), and a GraphModule or ExportedProgram handed in. Nothing of the model is executed:
+example inputs become fake tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import fx, nn
+
+from attnres_compile.errors import CaptureError
+from attnres_compile.passes.graph_values import MODULE_CALLS, ModuleCall
+from attnres_compile.passes.inline_checkpoints import inline_checkpoints
+
+Route = Literal["dynamo", "export", "graph"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        module: the graph; every node's ``meta[MODULE_CALLS]`` holds the module calls around it,
+            by their path in the captured model.
+        route: how it was captured.
+    """
+
+    module: fx.GraphModule
+    route: Route
+
+
+class _Stop(Exception):
+    """Ends a Dynamo capture once the graph is there, before anything runs."""
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    route: Literal["dynamo", "export"] = "dynamo",
+) -> Captured:
+    """Captures one call of a model.
+
+    Args:
+        model: any module; it is not changed and not executed.
+        args: positional inputs of the call.
+        kwargs: keyword inputs of the call.
+        route: Dynamo sees caches, labels, checkpointing and Python containers; export gives an
+            ATen graph.
+
+    Raises:
+        CaptureError: the model cannot be captured whole; says where and what to do.
+    """
+    if route == "export":
+        return Captured(_capture_by_export(model, args, dict(kwargs or {})), "export")
+    return Captured(_capture_by_dynamo(model, args, dict(kwargs or {})), "dynamo")
+
+
+def _capture_by_dynamo(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.GraphModule:
+    captured: list[fx.GraphModule] = []
+
+    def stop_here(module: fx.GraphModule, _inputs: list[Any]) -> NoReturn:
+        captured.append(module)
+        raise _Stop
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    prepare_for_tracing(model)
+    try:
+        with tracing():
+            torch.compile(call, backend=stop_here, fullgraph=True)(*args, **kwargs)
+    except Exception as error:
+        if not captured:
+            raise capture_error(type(model).__name__, error) from error
+    if not captured:
+        raise CaptureError(
+            f"{type(model).__name__}: the call computed nothing that can be traced; check that it "
+            "is not already compiled or run under torch.compiler.disable."
+        )
+    inline_checkpoints(captured[0])
+    annotate_dynamo(captured[0], model)
+    return captured[0]
+
+
+def _capture_by_export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.GraphModule:
+    try:
+        with tracing():
+            program = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        raise capture_error(type(model).__name__, error) from error
+    annotate_export(program.graph_module)
+    return program.graph_module
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Settings under which models trace whole, around a capture and around every later call.
+
+    Loggers are ignored (transformers' ``warning_once`` breaks a graph), and the fused
+    ``nn.TransformerEncoderLayer`` path is off: it hides the residual additions in one operator.
+    """
+    methods = [getattr(logging.Logger, name, None) for name in _LOGGER_METHODS]
+    ignored = {method for method in methods if method is not None}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch._dynamo.config.patch(
+            ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | ignored,
+            optimize_ddp=False,
+            recompile_limit=max(torch._dynamo.config.recompile_limit, 64),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+_LOGGER_METHODS = ("debug", "info", "warning", "warning_once", "info_once", "error", "exception")
+
+
+def prepare_for_tracing(model: nn.Module) -> None:
+    """Lets a model do first-call work that cannot be traced: transformers' output capturing."""
+    for module in model.modules():
+        if not type(module).__module__.startswith("transformers."):
+            continue
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        if hasattr(module, "_can_record_outputs") and hasattr(module, "config"):
+            maybe_install_capturing_hooks(module)
+
+
+def annotate_dynamo(module: fx.GraphModule, root: nn.Module) -> None:
+    """Writes module calls, as paths below `root`, into a graph from Dynamo.
+
+    Dynamo keys its module stacks by ``id(module)``, with ``@n`` for the n-th call of one module;
+    the paths it prints depend on how the call was spelled and are not read.
+    """
+    names = {str(id(child)): name for name, child in root.named_modules()}
+
+    def calls(stack: Mapping[str, Any]) -> Iterator[ModuleCall]:
+        for key in stack:
+            identity = key.split("@")[0]
+            if identity in names:
+                yield ModuleCall(names[identity], key)
+
+    _annotate(module, calls)
+
+
+def annotate_export(module: fx.GraphModule, below: str = "") -> None:
+    """Writes module calls, as paths below `below`, into a graph from torch.export."""
+    prefix = f"{below}." if below else ""
+
+    def calls(stack: Mapping[str, Any]) -> Iterator[ModuleCall]:
+        for key, (path, _) in stack.items():
+            clean = path.split("@")[0]
+            if clean == below or clean.startswith(prefix):
+                yield ModuleCall(clean.removeprefix(below).lstrip("."), key)
+
+    _annotate(module, calls)
+
+
+def annotate_symbolic(module: fx.GraphModule) -> None:
+    """Writes module calls into a graph from symbolic_trace; its stack holds the paths as keys."""
+
+    def calls(stack: Mapping[str, Any]) -> Iterator[ModuleCall]:
+        for key, (path, _) in stack.items():
+            yield ModuleCall(str(path), key)
+
+    _annotate(module, calls)
+
+
+def _annotate(
+    module: fx.GraphModule, calls: Callable[[Mapping[str, Any]], Iterator[ModuleCall]]
+) -> None:
+    for node in module.graph.nodes:
+        node.meta[MODULE_CALLS] = tuple(calls(node.meta.get("nn_module_stack") or {}))
+
+
+def capture_error(name: str, error: Exception) -> CaptureError:
+    """One sentence about a failed capture: the cause, the place, and ways forward."""
+    inner = getattr(error, "inner_exception", None) or error
+    cause = str(inner).strip().splitlines()[0] if str(inner).strip() else type(inner).__name__
+    place = _user_line(error)
+    return CaptureError(
+        f"{name} could not be captured as one graph{place}: {cause.rstrip('.')}. "
+        "Ways forward: pass example inputs that avoid this code path, take the offending code out "
+        "of forward, or convert a submodule that can be traced. (TORCH_LOGS=graph_breaks tells "
+        "more.)"
+    )
+
+
+def _user_line(error: Exception) -> str:
+    stack = getattr(error, "real_stack", None)
+    if not stack:
+        return ""
+    frame = stack[-1]
+    return f" at {frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} (in {frame.name})"

@@ -1,0 +1,289 @@
+"""Carry a plan out: a model of the same class whose owners run with Attention Residuals."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from attnres_compile.config import AttnResConfig
+from attnres_compile.errors import ConfigError, InputError, NothingToConvertError
+from attnres_compile.graph_modules import convert_exported, convert_graph_module, mix_layout
+from attnres_compile.huggingface import mark_config, restore_config
+from attnres_compile.layout import OwnerLayout, StreamLayout
+from attnres_compile.module import (
+    AttnRes,
+    AttnResSite,
+    Guard,
+    Owner,
+    become_guard,
+    become_owner,
+    is_converted,
+    owners,
+)
+from attnres_compile.plans import ConversionPlan, PlannedStream
+from attnres_compile.planning import CONTAINERS, check_model, stream_dtype
+from attnres_compile.planning import plan as make_plan
+
+Model = TypeVar("Model", bound=nn.Module)
+Executor = Literal["eager", "attnres"]
+
+
+def convert(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: AttnResConfig | None = None,
+    plan: ConversionPlan | None = None,
+    executor: Executor = "eager",
+) -> Model:
+    """Gives a model Block Attention Residuals, with new learnable parameters.
+
+    Args:
+        model: any module that can be captured whole, or a GraphModule or ExportedProgram. It is
+            left as it is; the converted model shares its parameters and its modules below the
+            owners of the streams (deepcopy it first for independence).
+        args, kwargs: example inputs of one call; inferred where the model says what it takes.
+        config: the options. Not together with `plan`.
+        plan: a plan made before, for this model.
+        executor: how the rewritten graph runs: as PyTorch operators one by one, or through the
+            ``attnres`` backend.
+
+    Returns:
+        A model of the same class. ``converted.plan`` is what was done; ``<owner>.attnres`` holds
+        one query [D] (zeros) and one key gain [D] (ones) per site. With ``aggregate="sum"`` its
+        outputs equal the model's until the queries are trained.
+
+    Raises:
+        NothingToConvertError: no residual stream can be converted; says why.
+        InputError, CaptureError, ConfigError, AlreadyConvertedError: see `plan`.
+
+    Example:
+        >>> import torchvision
+        >>> converted = convert(torchvision.models.vit_b_16())
+        >>> type(converted).__name__, len(converted.plan.streams[0].sites)
+        ('VisionTransformer', 25)
+    """
+    if executor not in ("eager", "attnres"):
+        raise ConfigError(f"executor must be 'eager' or 'attnres', not {executor!r}.")
+    if plan is not None and config is not None:
+        raise ConfigError("a plan has its config already; pass either plan or config.")
+    if isinstance(model, torch.export.ExportedProgram):
+        return convert_exported(model, config or AttnResConfig())
+    if isinstance(model, torch.fx.GraphModule):
+        return convert_graph_module(model, args, kwargs, config or AttnResConfig())
+    if plan is None:
+        plan = make_plan(model, args, kwargs, config=config)
+    check_model(model)
+    check_convertible(plan)
+    return _carry_out(model, plan, executor)
+
+
+def strip(converted: Model) -> Model:
+    """The model without its Attention Residuals: original class, base weights as they are now.
+
+    Args:
+        converted: what `convert` returned, trained or not. It is left as it is; the result shares
+            its base parameters.
+
+    Raises:
+        InputError: the model has no Attention Residuals of ours.
+
+    Warns:
+        UserWarning: when queries were trained, since the result does not compute what the
+            converted model does.
+
+    Example:
+        >>> import torchvision
+        >>> model = torchvision.models.vit_b_16()
+        >>> strip(convert(model)).state_dict().keys() == model.state_dict().keys()
+        True
+    """
+    if not is_converted(converted):
+        raise InputError(
+            f"{type(converted).__name__} was not converted by attnres_compile; nothing to strip."
+        )
+    trained = [name for name, q in queries(converted) if q.device.type != "meta" and bool(q.any())]
+    if trained:
+        warnings.warn(
+            f"{len(trained)} queries are not zero (first: {trained[0]}); the stripped model "
+            "computes plain residual sums, not what the converted model computes.",
+            stacklevel=2,
+        )
+    paths = [path for path, module in converted.named_modules() if isinstance(module, Owner | Guard)]
+    copies = _copy_paths(converted, paths)
+    for path in paths:
+        module = copies[path]
+        module.__class__ = type(module)._attnres_base
+        module._modules.pop("attnres", None)
+    plain = copies[""]
+    plain.__dict__.pop("plan", None)
+    restore_config(plain)
+    return plain  # type: ignore[return-value]
+
+
+def queries(converted: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Names and values of all queries."""
+    for path, owner in owners(converted):
+        for name, parameter in owner.attnres.named_parameters():  # type: ignore[union-attr]
+            if name.endswith(".query"):
+                yield f"{path}.attnres.{name}".lstrip("."), parameter
+
+
+def check_convertible(plan: ConversionPlan) -> None:
+    """Raises when a plan has nothing to convert, with its reasons."""
+    if plan.streams:
+        return
+    why = plan.explain_refusals() or "it has no residual addition x + f(x)"
+    raise NothingToConvertError(f"{plan.model} has no residual stream to convert: {why}.")
+
+
+def _carry_out(model: Model, plan: ConversionPlan, executor: Executor) -> Model:
+    by_owner: dict[str, list[PlannedStream]] = defaultdict(list)
+    for stream in plan.streams:
+        by_owner[stream.owner].append(stream)
+    guarded = _containers_between(model, plan)
+    copies = _copy_paths(model, [*by_owner, *guarded])
+    for path in guarded:
+        become_guard(copies[path])
+    for path, streams in by_owner.items():
+        if "attnres" in dict(copies[path].named_children()):
+            raise InputError(f"{path or 'the model'} has a child named 'attnres' already.")
+        attnres = _make_attnres(copies[path], path, streams, plan.config, executor)
+        become_owner(copies[path], attnres)
+    converted = copies[""]
+    converted.__dict__["plan"] = plan
+    mark_config(converted)
+    return converted  # type: ignore[return-value]
+
+
+def _copy_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Shallow copies of the modules at these paths and of all on the way to them, linked up."""
+    wanted = {""}
+    for path in paths:
+        parts = path.split(".") if path else []
+        wanted.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    copied: dict[int, nn.Module] = {}
+    result = {}
+    for path in sorted(wanted):
+        original = model.get_submodule(path)
+        if id(original) not in copied:
+            copied[id(original)] = _shallow_copy(original, path)
+        result[path] = copied[id(original)]
+    for module in copied.values():
+        _relink(module, copied)
+    _check_no_other_holder(model, copied)
+    return result
+
+
+def _shallow_copy(module: nn.Module, path: str) -> nn.Module:
+    if "forward" in vars(module):
+        raise InputError(
+            f"forward of {path or 'the model'} was replaced on the instance (by accelerate's "
+            "hooks or the like); convert the model before that is done."
+        )
+    duplicate = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict | set) and name.startswith("_"):
+            duplicate.__dict__[name] = copy.copy(value)
+    return duplicate
+
+
+def _relink(module: nn.Module, copied: dict[int, nn.Module]) -> None:
+    for name, child in module._modules.items():
+        if id(child) in copied:
+            module._modules[name] = copied[id(child)]
+    for name, value in list(vars(module).items()):
+        if isinstance(value, nn.Module) and id(value) in copied:
+            module.__dict__[name] = copied[id(value)]
+
+
+def _check_no_other_holder(model: nn.Module, copied: dict[int, nn.Module]) -> None:
+    """Nothing outside the copies may still lead to an original: it would run unconverted."""
+    for path, module in model.named_modules():
+        if id(module) in copied:
+            continue
+        for name, child in module.named_children():
+            if id(child) in copied:
+                raise InputError(
+                    f"{path}.{name} is also a part of the converted path; a module that is held "
+                    "in two places on different levels cannot be converted."
+                )
+
+
+def _containers_between(model: nn.Module, plan: ConversionPlan) -> list[str]:
+    """Containers between owners and layers: called on their own they would run unconverted."""
+    found: dict[str, None] = {}
+    for stream in plan.streams:
+        start = f"{stream.owner}." if stream.owner else ""
+        inside = stream.name.split("#")[0].removeprefix(start)
+        parts = inside.split(".") if inside and inside != stream.owner else []
+        for end in range(1, len(parts) + 1):
+            path = start + ".".join(parts[:end])
+            if _is_called_container(model, path):
+                found[path] = None
+    return list(found)
+
+
+def _is_called_container(model: nn.Module, path: str) -> bool:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return isinstance(module, CONTAINERS) and isinstance(module, nn.Sequential)
+
+
+def _make_attnres(
+    owner: nn.Module,
+    path: str,
+    streams: list[PlannedStream],
+    config: AttnResConfig,
+    executor: Executor,
+) -> AttnRes:
+    device = next((p.device for p in owner.parameters()), torch.device("cpu"))
+    sites = {}
+    for stream in streams:
+        for site in stream.sites:
+            if site.query_name is not None:
+                sites[site.name] = AttnResSite(
+                    stream.width,
+                    gain=site.gain_name is not None,
+                    dtype=stream_dtype(stream),
+                    device=device,
+                )
+    attnres = AttnRes(_owner_layout(streams, config, path), sites, executor)
+    return attnres.train(owner.training)
+
+
+def _owner_layout(
+    streams: list[PlannedStream], config: AttnResConfig, path: str
+) -> OwnerLayout:
+    layers = {_below(a.module_path, path) for s in streams for a in s.additions} - {""}
+    above = {".".join(p.split(".")[:end]) for p in layers for end in range(1, p.count(".") + 1)}
+    methods = {name for stream in streams for name in stream.methods}
+    return OwnerLayout(
+        streams=tuple(_stream_layout(stream, config, path) for stream in streams),
+        methods=tuple(sorted(methods)),
+        layers=tuple(sorted(layers | above)),
+    )
+
+
+def _stream_layout(stream: PlannedStream, config: AttnResConfig, owner: str) -> StreamLayout:
+    return StreamLayout(
+        name=stream.name,
+        additions=tuple((_below(a.module_path, owner), a.ordinal) for a in stream.additions),
+        sites=tuple(site.state for site in stream.sites if site.query_name is not None),
+        gains=config.key_gain,
+        mix=mix_layout(stream, config),
+    )
+
+
+def _below(path: str, owner: str) -> str:
+    return re.sub(rf"^{re.escape(owner)}(\.|$)", "", path) if owner else path

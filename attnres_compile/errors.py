@@ -1,0 +1,40 @@
+"""Every error this package raises on purpose, under one base class.
+
+Each message is one readable sentence: what went wrong, where, and what to do about it.
+"""
+
+
+class AttnResError(Exception):
+    """Base class of all errors raised by attnres_compile."""
+
+
+class ConfigError(AttnResError, ValueError):
+    """The options contradict each other or do not fit the model."""
+
+
+class InputError(AttnResError, ValueError):
+    """The model or its example inputs cannot be used as given."""
+
+
+class CaptureError(AttnResError, RuntimeError):
+    """The model could not be captured whole as one graph."""
+
+
+class NothingToConvertError(AttnResError, ValueError):
+    """The model has no residual stream that can be converted; the refusals say why."""
+
+
+class AlreadyConvertedError(AttnResError, ValueError):
+    """The model has Attention Residuals already."""
+
+
+class MismatchError(AttnResError, RuntimeError):
+    """A captured graph does not contain exactly the sites of the plan."""
+
+
+class UnconvertedPathError(AttnResError, RuntimeError):
+    """A path was taken on which the unconverted network would have been computed."""
+
+
+class BackendError(AttnResError, RuntimeError):
+    """The `attnres` compile backend cannot do what it was asked."""

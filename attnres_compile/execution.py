@@ -1,0 +1,154 @@
+"""Run a converted owner: its own forward, captured by Dynamo, rewritten, and executed.
+
+Each owner has compiled functions of its own, kept outside of the module so that copies and pickles
+do not carry them. They have code objects of their own too, since Dynamo counts recompilations per
+code object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import fx, nn
+
+from attnres_compile.capture import capture_error, prepare_for_tracing, tracing
+from attnres_compile.errors import AttnResError, UnconvertedPathError
+from attnres_compile.module import UNCONVERTED, declare
+from attnres_compile.passes.outline_checkpoints import outline_checkpoints
+from attnres_compile.rewriting import rewrite_dynamo_graph
+
+_COMPILED: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def run_converted(
+    owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls a method of an owner with its Attention Residuals.
+
+    Raises:
+        MismatchError: this call takes another path through the model than the plan.
+        CaptureError: it cannot be captured whole.
+        UnconvertedPathError: compilation is switched off around it.
+    """
+    with tracing(), _unwatched():
+        try:
+            return _compiled(owner, method)(owner, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _explain(owner, error)
+
+
+def run_method(
+    owner: nn.Module,
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls another method than forward: converted if it runs layers with sites, else as it is."""
+    layout = owner.attnres.layout  # type: ignore[union-attr]
+    if name in layout.methods:
+        return run_converted(owner, name, args, kwargs)
+    if _WATCHED:
+        return function(owner, *args, **kwargs)
+    try:
+        with _watching({owner.get_submodule(path) for path in layout.layers}):
+            return function(owner, *args, **kwargs)
+    except _ReachedLayer:
+        return run_converted(owner, name, args, kwargs)
+
+
+class _ReachedLayer(Exception):
+    """A watched method was about to run a layer outside of the converted forward."""
+
+
+_WATCHED: list[set[nn.Module]] = []
+
+
+@contextlib.contextmanager
+def _watching(layers: set[nn.Module]) -> Iterator[None]:
+    def stop(module: nn.Module, _args: Any) -> None:
+        if _WATCHED and module in _WATCHED[-1]:
+            raise _ReachedLayer
+
+    _WATCHED.append(layers)
+    handle = nn.modules.module.register_module_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+        _WATCHED.pop()
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """Inside a converted call layers run as they should; global hooks would be traced."""
+    hooks = nn.modules.module._global_forward_pre_hooks
+    if not _WATCHED:
+        yield
+        return
+    kept, watched = dict(hooks), list(_WATCHED)
+    hooks.clear()
+    _WATCHED.clear()
+    try:
+        yield
+    finally:
+        hooks.update(kept)
+        _WATCHED.extend(watched)
+
+
+def _compiled(owner: nn.Module, method: str) -> Callable[..., Any]:
+    functions = _COMPILED.setdefault(owner, {})
+    if method not in functions:
+        prepare_for_tracing(owner)
+        functions[method] = _compile(owner, method)
+    return functions[method]
+
+
+def _compile(owner: nn.Module, method: str) -> Callable[..., Any]:
+    base = type(owner)._attnres_base  # type: ignore[attr-defined]
+    original = getattr(base, method)
+    reference = weakref.ref(owner)
+    executor = owner.attnres.executor  # type: ignore[union-attr]
+
+    def body(self: Any, *args: Any, **kwargs: Any) -> Any:
+        declare(self.attnres.declared(), self.attnres.encoded_layout)
+        return original(self, *args, **kwargs)
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        rewrite_dynamo_graph(module, reference())
+        if executor == "attnres":
+            from attnres_compile.backend import lower
+
+            return lower(module, inputs)
+        return outline_checkpoints(module).forward
+
+    own = types.FunctionType(
+        body.__code__.replace(co_name=f"attnres_{base.__name__}_{method}"),
+        body.__globals__,
+        closure=body.__closure__,
+    )
+    return torch.compile(own, backend=backend, fullgraph=True)
+
+
+def _explain(owner: nn.Module, error: Exception) -> NoReturn:
+    """Our own errors as they were raised; Dynamo's as one sentence."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, AttnResError):
+            raise cause from None
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
+    name = type(owner).__name__
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        raise UnconvertedPathError(
+            f"{name} was called in more ways (shapes, modes, dtypes) than Dynamo's recompile limit "
+            "admits; raise torch._dynamo.config.recompile_limit, or keep the inputs' sizes dynamic. "
+            + UNCONVERTED
+        ) from error
+    raise capture_error(name, error) from error

@@ -1,0 +1,181 @@
+"""Convert a GraphModule or an ExportedProgram: it is rewritten as it is and comes back as its kind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from attnres_compile.capture import Captured, annotate_export, annotate_symbolic
+from attnres_compile.config import AttnResConfig
+from attnres_compile.errors import InputError
+from attnres_compile.inputs import infer_inputs
+from attnres_compile.module import AttnResSite
+from attnres_compile.passes.find_streams import find_streams
+from attnres_compile.passes.graph_values import value_of
+from attnres_compile.passes.identify_additions import identify_additions
+from attnres_compile.passes.rewrite_residuals import MixLayout, rewrite_residuals
+from attnres_compile.plans import ConversionPlan, PlannedStream
+from attnres_compile.planning import plan_of_capture, stream_dtype
+
+MakeParameter = Callable[[str, torch.Tensor], fx.Node]
+
+
+def convert_graph_module(
+    module: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    config: AttnResConfig,
+) -> fx.GraphModule:
+    """A GraphModule with mixes and new parameters under ``attnres``; shares the old parameters.
+
+    Raises:
+        InputError: the graph has no example values and no example inputs were given.
+        NothingToConvertError: no residual stream can be converted.
+    """
+    converted = fx.GraphModule(module, copy.deepcopy(module.graph))
+    converted.train(module.training)
+    if any(value_of(n) is None for n in converted.graph.nodes if n.op.startswith("call")):
+        _propagate(converted, args, dict(kwargs or {}))
+    annotate_symbolic(converted)
+    planned = _checked_plan(converted, module, config)
+    first = next(iter(converted.graph.nodes))
+
+    def make(name: str, initial: torch.Tensor) -> fx.Node:
+        _add_parameter(converted, name, initial)
+        with converted.graph.inserting_before(first):
+            node = converted.graph.get_attr(name)
+        node.meta["val"] = _fake_like(converted, initial)
+        return node
+
+    _rewrite(converted.graph, planned, make, _device(module))
+    converted.graph.lint()
+    converted.recompile()
+    converted.plan = planned
+    return converted
+
+
+def convert_exported(
+    program: torch.export.ExportedProgram, config: AttnResConfig
+) -> torch.export.ExportedProgram:
+    """An ExportedProgram with mixes, whose new parameters are parameters of its signature.
+
+    Raises:
+        NothingToConvertError: no residual stream can be converted.
+    """
+    converted = copy.deepcopy(program)
+    module = converted.graph_module
+    annotate_export(module)
+    planned = _checked_plan(module, module, config)
+    specs = converted.graph_signature.input_specs
+    first = next(iter(module.graph.nodes))
+    added: list[InputSpec] = []
+
+    def make(name: str, initial: torch.Tensor) -> fx.Node:
+        with module.graph.inserting_before(first):
+            node = module.graph.placeholder("p_" + name.replace(".", "_"))
+        node.meta["val"] = _fake_like(module, initial)
+        argument = TensorArgument(name=node.name)
+        added.append(InputSpec(kind=InputKind.PARAMETER, arg=argument, target=name))
+        converted.state_dict[name] = nn.Parameter(initial)
+        return node
+
+    device = next((t.device for t in program.state_dict.values()), torch.device("cpu"))
+    _rewrite(module.graph, planned, make, device)
+    specs[:0] = added
+    module.graph.lint()
+    module.recompile()
+    converted.validate()
+    return converted
+
+
+def _checked_plan(
+    module: fx.GraphModule, model: nn.Module, config: AttnResConfig
+) -> ConversionPlan:
+    from attnres_compile.conversion import check_convertible
+
+    planned = plan_of_capture(Captured(module, "graph"), model, config, owner="")
+    check_convertible(planned)
+    return planned
+
+
+def _rewrite(
+    graph: fx.Graph, planned: ConversionPlan, make: MakeParameter, device: torch.device
+) -> None:
+    found = find_streams(graph).streams
+    identities = identify_additions(found)
+    by_additions = {tuple(identities[a.node] for a in s.additions): s for s in found}
+    for stream in planned.streams:
+        key = tuple((a.module_path, a.ordinal) for a in stream.additions)
+        parameters = _parameters(stream, make, device)
+        rewrite_residuals(graph, by_additions[key], mix_layout(stream, planned.config), parameters)
+
+
+def mix_layout(stream: PlannedStream, config: AttnResConfig) -> MixLayout:
+    """The part of a planned stream that the rewrite needs."""
+    return MixLayout(
+        block_sublayers=tuple(len(block) for block in stream.blocks),
+        sums=config.aggregate == "sum",
+        eps=config.eps,
+        channel_dim=stream.channel_dim,
+    )
+
+
+def _parameters(
+    stream: PlannedStream, make: MakeParameter, device: torch.device
+) -> dict[int, tuple[fx.Node, fx.Node | None]]:
+    nodes: dict[int, tuple[fx.Node, fx.Node | None]] = {}
+    for site in stream.sites:
+        if site.query_name is None:
+            continue
+        dtype = stream_dtype(stream)
+        made = AttnResSite(stream.width, gain=site.gain_name is not None, dtype=dtype, device=device)
+        query = make(site.query_name, made.query.detach())
+        gain = None
+        if site.gain_name is not None and made.gain is not None:
+            gain = make(site.gain_name, made.gain.detach())
+        nodes[site.state] = (query, gain)
+    return nodes
+
+
+def _add_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_parameter(last, nn.Parameter(value))
+
+
+def _propagate(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives every node an example value."""
+    if not args and not kwargs:
+        args, kwargs = infer_inputs(module)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    values = list(args)
+    for node in placeholders[len(args) :]:
+        if str(node.target) in kwargs:
+            values.append(kwargs[str(node.target)])
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise InputError(f"the graph's input {node.target!r} is missing from args and kwargs.")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    FakeTensorProp(module, mode).propagate(*values)
+
+
+def _fake_like(module: fx.GraphModule, value: torch.Tensor) -> Any:
+    """A fake tensor of the graph's own mode, so that new nodes can be evaluated with it."""
+    values = (value_of(node) for node in module.graph.nodes)
+    fake = next((v for v in values if isinstance(v, FakeTensor)), None)
+    return value if fake is None else fake.fake_mode.from_tensor(value, static_shapes=True)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

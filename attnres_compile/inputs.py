@@ -1,0 +1,134 @@
+"""Example inputs for models that say themselves what they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnres_compile.errors import InputError
+
+_BATCH, _LENGTH = 2, 8
+_IMAGE = 64  # pixels a side, for convolutional models that take any size
+
+
+def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs for one call of a model, on its device.
+
+    Known: transformers (from the config), timm (``pretrained_cfg``), torchvision (``image_size``
+    or 64 pixels), and modules whose first layers tell their input (FX-traceable ones).
+
+    Raises:
+        InputError: nothing is known of the model; says what to pass.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for infer in (_transformers_inputs, _timm_inputs, _torchvision_inputs, _traced_inputs):
+        inputs = infer(model)
+        if inputs is None:
+            continue
+        args, kwargs = inputs
+        placed = [_placed(value, device, dtype) for value in args]
+        return tuple(placed), {name: _placed(v, device, dtype) for name, v in kwargs.items()}
+    raise InputError(
+        f"the inputs of {type(model).__name__} cannot be inferred; pass example inputs, as in "
+        "convert(model, args=(x,)) or convert(model, kwargs={'input_ids': ids})."
+    )
+
+
+def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _transformers_inputs(model: nn.Module) -> Inputs | None:
+    if not any(c.__module__.startswith("transformers.") for c in type(model).__mro__):
+        return None
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        return None
+    kwargs = {main: _transformers_input(main, config)}
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        kwargs["decoder_input_ids"] = _token_ids(config)
+    if hasattr(config, "use_cache") and not getattr(config, "is_encoder_decoder", False):
+        kwargs["use_cache"] = False
+    return (), kwargs
+
+
+def _transformers_input(name: str, config: Any) -> Tensor:
+    if name == "pixel_values":
+        size = _side(getattr(config, "image_size", _IMAGE))
+        return torch.randn(_BATCH, getattr(config, "num_channels", 3), *size)
+    if name == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        return torch.randn(_BATCH, getattr(config, "num_mel_bins", 80), frames)
+    if name == "input_values":
+        return torch.randn(_BATCH, 4000)
+    return _token_ids(config)
+
+
+def _token_ids(config: Any) -> Tensor:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return torch.randint(0, int(text.vocab_size), (_BATCH, _LENGTH))
+
+
+def _side(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _timm_inputs(model: nn.Module) -> Inputs | None:
+    configured = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not type(model).__module__.startswith("timm.") or not configured:
+        return None
+    channels, *size = configured.get("input_size", (3, 224, 224))
+    embedding = getattr(model, "patch_embed", None)
+    size = list(getattr(embedding, "img_size", None) or size)
+    return (torch.randn(_BATCH, channels, *size),), {}
+
+
+def _torchvision_inputs(model: nn.Module) -> Inputs | None:
+    if not type(model).__module__.startswith("torchvision.models"):
+        return None
+    size = _side(getattr(model, "image_size", _IMAGE))
+    return (torch.randn(_BATCH, 3, *size),), {}
+
+
+def _traced_inputs(model: nn.Module) -> Inputs | None:
+    """Shapes read off the first layer that each input of a traceable module goes into."""
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception:  # not traceable: then nothing is known, and the caller says so
+        return None
+    values = []
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.args:
+            continue
+        value = _value_for(model, node)
+        if value is None:
+            return None
+        values.append(value)
+    return (tuple(values), {}) if values else None
+
+
+def _value_for(model: nn.Module, placeholder: fx.Node) -> Tensor | None:
+    for user in placeholder.users:
+        if user.op != "call_module":
+            continue
+        layer = model.get_submodule(str(user.target))
+        if isinstance(layer, nn.Embedding):
+            return torch.randint(0, layer.num_embeddings, (_BATCH, _LENGTH))
+        if isinstance(layer, nn.Linear):
+            return torch.randn(_BATCH, _LENGTH, layer.in_features)
+        if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+            return torch.randn(_BATCH, _LENGTH, *layer.normalized_shape)
+        if isinstance(layer, nn.Conv2d):
+            return torch.randn(_BATCH, layer.in_channels, _IMAGE, _IMAGE)
+        if isinstance(layer, nn.BatchNorm2d):
+            return torch.randn(_BATCH, layer.num_features, _IMAGE // 4, _IMAGE // 4)
+    return None

@@ -1,0 +1,178 @@
+"""The plan of a conversion: plain values that say what will be done, and why not more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attnres_compile.config import AttnResConfig
+from attnres_compile.passes.classify_readers import Reader
+from attnres_compile.passes.find_streams import Refusal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class PlannedAddition:
+    """A residual addition, by the identity that it has in every capture of the model.
+
+    Attributes:
+        module_path: path of the module the addition stands in, from the model's root.
+        ordinal: which of that module's converted additions it is, counted from 0.
+        source: its source line, ``file.py:123``.
+    """
+
+    module_path: str
+    ordinal: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A run of residual additions with no read between; its output is one value of the paper."""
+
+    additions: tuple[PlannedAddition, ...]
+    layer: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A depth at which the stream is read.
+
+    Attributes:
+        name: what it stands before, unique in its owner.
+        depth: how many residual additions precede the read; 0 is the root.
+        state: its position among the stream's states, absorbed additions counted too.
+        num_sources: what it attends over; 1 for the root, which is read as it is.
+        module_path: path of the first module that reads it.
+        readers: who reads it, and whether they see its scale.
+        query_name, gain_name: names among the converted model's parameters; None without one.
+    """
+
+    name: str
+    depth: int
+    state: int
+    num_sources: int
+    module_path: str
+    readers: tuple[Reader, ...]
+    query_name: str | None
+    gain_name: str | None
+
+
+@dataclass(frozen=True)
+class PlannedStream:
+    """A residual stream and its layout.
+
+    Attributes:
+        name: path of what all its additions stand in (``model.layers``).
+        owner: path of the module whose forward is rewritten and that holds the new parameters.
+        root: what the stream starts from, as ``module path`` of the operation that makes it.
+        blocks: per block, its sublayers.
+        sites: where it is read, by depth.
+        width: number of channels D.
+        channel_dim: -1 or 1.
+        dtype: of the stream and of the new parameters, as ``float32``.
+        methods: names of the functions through which the model's forward reached the additions.
+    """
+
+    name: str
+    owner: str
+    root: str
+    blocks: tuple[tuple[Sublayer, ...], ...]
+    sites: tuple[Site, ...]
+    width: int
+    channel_dim: int
+    dtype: str
+    methods: tuple[str, ...]
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        return tuple(sublayer for block in self.blocks for sublayer in block)
+
+    @property
+    def additions(self) -> tuple[PlannedAddition, ...]:
+        return tuple(addition for sublayer in self.sublayers for addition in sublayer.additions)
+
+    @property
+    def num_layers(self) -> int:
+        return len(dict.fromkeys(sublayer.layer for sublayer in self.sublayers))
+
+    @property
+    def num_parameters(self) -> int:
+        """New parameters: queries and gains."""
+        names = [n for site in self.sites for n in (site.query_name, site.gain_name)]
+        return self.width * sum(name is not None for name in names)
+
+    @property
+    def inference_values_per_token(self) -> int:
+        """Numbers per token that stay alive beside the stream itself: the completed blocks."""
+        return self.width * len(self.blocks)
+
+    @property
+    def training_values_per_token(self) -> int:
+        """Numbers per token kept for the backward pass beyond the unconverted model's.
+
+        Every partial sum that a site reads (the completed blocks among them; the states that they
+        replace are no longer kept, the mixes are), and two float32 statistics per site and source.
+        """
+        mixes = [site for site in self.sites if site.num_sources > 1]
+        return self.width * len(mixes) + 2 * sum(site.num_sources for site in mixes)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What `convert` will do to a model. Printing it gives a table to decide from.
+
+    Attributes:
+        model: the model's class name.
+        config: the options it was made with.
+        streams: what will be converted.
+        refusals: what looks like a residual addition and will not be, each with its reason.
+    """
+
+    model: str
+    config: AttnResConfig
+    streams: tuple[PlannedStream, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def num_residual_additions(self) -> int:
+        """Addition nodes that are converted."""
+        return sum(len(stream.additions) for stream in self.streams)
+
+    @property
+    def num_parameters(self) -> int:
+        """New parameters of all streams."""
+        return sum(stream.num_parameters for stream in self.streams)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a dictionary of JSON values."""
+        return dataclasses.asdict(self)
+
+    def explain_refusals(self) -> str:
+        """One clause per reason: how many additions, why, and where the first one stands."""
+        counts = Counter(refusal.kind for refusal in self.refusals)
+        first = {refusal.kind: refusal for refusal in reversed(self.refusals)}
+        return "; ".join(
+            f"{count} x {first[kind].reason} (first at {place(first[kind])})"
+            for kind, count in counts.most_common()
+        )
+
+    def __rich__(self) -> RenderableType:
+        from attnres_compile.rendering import render_plan
+
+        return render_plan(self)
+
+    def __str__(self) -> str:
+        from attnres_compile.rendering import to_text
+
+        return to_text(self)
+
+
+def place(refusal: Refusal) -> str:
+    """Module path and source line of a refusal, for messages."""
+    where = refusal.module_path or "the model itself"
+    return f"{where}, {refusal.source}" if refusal.source else where

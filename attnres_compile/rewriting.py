@@ -1,0 +1,173 @@
+"""Carry out a plan on a captured graph: find the marker, find its streams again, rewrite them.
+
+The graph may hold one owner (its own compiled forward), several (an outer compile, an export), and
+owners inside owners. Each marker is matched with the streams inside its owner's call; whatever does
+not match exactly is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from attnres_compile.capture import annotate_dynamo, annotate_export
+from attnres_compile.errors import MismatchError
+from attnres_compile.layout import OwnerLayout, StreamLayout
+from attnres_compile.module import live_owner
+from attnres_compile.passes.find_streams import ResidualStream, find_streams
+from attnres_compile.passes.graph_values import module_path
+from attnres_compile.passes.identify_additions import identify_additions
+from attnres_compile.passes.inline_checkpoints import inline_checkpoints
+from attnres_compile.passes.rewrite_residuals import rewrite_residuals
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """A declaration found in a graph."""
+
+    node: fx.Node
+    layout: OwnerLayout
+    parameters: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A stream of this graph and the layout and parameters it is to be rewritten with."""
+
+    stream: ResidualStream
+    layout: StreamLayout
+    parameters: dict[int, tuple[fx.Node, fx.Node | None]]
+
+
+def rewrite_dynamo_graph(module: fx.GraphModule, owner: nn.Module | None) -> int:
+    """Rewrites a graph from Dynamo in place, at every marker in it.
+
+    Args:
+        module: torch-level graph.
+        owner: the module whose forward the graph is, if it is one's own forward; owners called
+            inside are found by their module stacks.
+
+    Returns:
+        How many markers there were; 0 leaves the graph as it was.
+
+    Raises:
+        MismatchError: the graph does not hold exactly the sites of the plan.
+    """
+    inline_checkpoints(module)
+
+    def enter(marker: fx.Node) -> Callable[[fx.Node], bool]:
+        stack = marker.meta.get("nn_module_stack") or {}
+        for key in reversed(stack):
+            inner = live_owner(int(key.split("@")[0])) if key.split("@")[0].isdigit() else None
+            if inner is not None:
+                annotate_dynamo(module, inner)
+                return lambda node, key=key: key in (node.meta.get("nn_module_stack") or {})
+        if owner is None:
+            raise MismatchError(
+                "a marker stands in this graph whose converted module cannot be found; compile "
+                "the converted model itself, or a function that calls it."
+            )
+        annotate_dynamo(module, owner)
+        return lambda node: True
+
+    return _rewrite(module, enter)
+
+
+def rewrite_export_graph(module: fx.GraphModule) -> int:
+    """Rewrites a graph from torch.export in place, at every marker; returns how many there were."""
+
+    def enter(marker: fx.Node) -> Callable[[fx.Node], bool]:
+        stack = marker.meta.get("nn_module_stack") or {}
+        key = next(reversed(stack), "")
+        path = stack[key][0].split("@")[0] if key else ""
+        annotate_export(module, below=path)
+        return lambda node: not key or key in (node.meta.get("nn_module_stack") or {})
+
+    return _rewrite(module, enter)
+
+
+def _rewrite(
+    module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Node], bool]]
+) -> int:
+    graph = module.graph
+    markers = [node for node in graph.nodes if node.target is torch.ops.attnres.declare.default]
+    declared = [_read(node) for node in markers if node.args[1]]
+    if not declared and markers:
+        raise MismatchError(
+            "only a part of a converted model was captured: its Attention Residuals belong to the "
+            "module around it; compile or export that module."
+        )
+    if not declared:
+        return 0
+    streams = find_streams(graph).streams
+    matches = [match for marker in declared for match in _matched(marker, streams, enter)]
+    for match in matches:
+        rewrite_residuals(graph, match.stream, match.layout.mix, match.parameters)
+    for node in markers:
+        graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+    return len(declared)
+
+
+def _read(node: fx.Node) -> _Marker:
+    parameters, text = node.args
+    assert isinstance(parameters, list | tuple)
+    assert isinstance(text, str)
+    return _Marker(node, OwnerLayout.decode(text), tuple(parameters))  # type: ignore[arg-type]
+
+
+def _matched(
+    marker: _Marker,
+    streams: tuple[ResidualStream, ...],
+    enter: Callable[[fx.Node], Callable[[fx.Node], bool]],
+) -> list[_Match]:
+    inside = enter(marker.node)
+    own = [s for s in streams if all(inside(addition.node) for addition in s.additions)]
+    identities = identify_additions(own)
+    by_additions = {tuple(identities[a.node] for a in stream.additions): stream for stream in own}
+    matches = []
+    remaining = iter(marker.parameters)
+    for layout in marker.layout.streams:
+        stream = by_additions.get(layout.additions)
+        if stream is None:
+            raise _mismatch(layout, list(by_additions))
+        _check_sites(stream, layout)
+        parameters = {
+            state: (next(remaining), next(remaining) if layout.gains else None)
+            for state in layout.sites
+        }
+        matches.append(_Match(stream, layout, parameters))
+    return matches
+
+
+def _check_sites(stream: ResidualStream, layout: StreamLayout) -> None:
+    found = {i for i, state in enumerate(stream.states) if state.reads and i > 0}
+    if found == set(layout.sites):
+        return
+    state = stream.states[min(found ^ set(layout.sites))]
+    raise MismatchError(
+        f"stream {layout.name!r} is read at other depths here than in the plan (first at depth "
+        f"{state.depth}, in {module_path(state.node) or 'the owner'}); plan it with example "
+        "inputs that take the same path through the model."
+    )
+
+
+def _mismatch(layout: StreamLayout, found: list[tuple[tuple[str, int], ...]]) -> MismatchError:
+    expected = len(layout.additions)
+    closest = max(found, key=lambda f: len(set(f) & set(layout.additions)), default=())
+    missing = [i for i in layout.additions if i not in closest][:1]
+    extra = [i for i in closest if i not in layout.additions][:1]
+    detail = "".join(
+        f"; {word} the addition {ordinal} of {path or 'the owner'}"
+        for word, ids in (("without", missing), ("with", extra))
+        for path, ordinal in ids
+    )
+    return MismatchError(
+        f"stream {layout.name!r}: the plan has {expected} residual additions, this call of the "
+        f"model has {len(closest)}{detail}. Plan it with example inputs that take the same path "
+        "through the model, and keep layers switched on that the plan knows."
+    )

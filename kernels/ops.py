@@ -1,0 +1,351 @@
+"""The operators ``attnres::mix`` and ``attnres::mix_backward``, registered with PyTorch.
+
+Being operators they are one node each in any graph, whatever captured it, and a pass can find and
+lower them. What is registered here is their schema, an implementation in plain PyTorch for every
+device, shapes for tracing, and the gradient. ``reference.py`` is the specification.
+
+The backward pass keeps references to the sources and two scalars per source and token, the logit
+and the inverse RMS of the source; nothing of the size of a source. With ``w = query * gain``,
+``r`` the inverse RMS, ``l`` the logit, ``a`` the softmax of the logits, ``c`` the factor of the
+aggregate and ``g`` the gradient of the mix::
+
+    da_i = c (g . s_i)                    dl_i = a_i (da_i - sum_j a_j da_j)
+    ds_i = c a_i g + dl_i (r_i w - r_i^2 l_i s_i / D)
+    dw   = sum over tokens and i of dl_i r_i s_i,    dquery = dw * gain,    dgain = dw * query
+
+Shapes below: N sources, D channels, ``tokens`` a source's shape without its channel dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnres_compile.errors import InputError
+from attnres_compile.kernels.reference import Aggregate, arithmetic_dtype
+
+
+def mix(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    gain: Tensor | None,
+    *,
+    eps: float,
+    aggregate: Aggregate,
+    dim: int = -1,
+) -> Tensor:
+    """``reference.mix`` as one operator: the same arguments, result and gradients.
+
+    Raises:
+        InputError: when the sources differ in shape, dtype or device, or do not fit the query.
+
+    Example:
+        >>> sources = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])]
+        >>> mix(sources, torch.zeros(2), None, eps=1e-6, aggregate="sum")
+        tensor([[4., 1.]])
+    """
+    mixed: Tensor
+    mixed, _, _ = torch.ops.attnres.mix(list(sources), query, gain, eps, aggregate == "sum", dim)
+    return mixed
+
+
+def decomposition(
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``attnres::mix`` spelled in operators of PyTorch's own; differentiable.
+
+    For exported programs that have to run without this package::
+
+        program.run_decompositions({torch.ops.attnres.mix.default: decomposition})
+
+    Args:
+        sources: N tensors of one shape, dtype and device.
+        query: [D].
+        gain: [D] or None.
+        eps: added to the mean squares.
+        count: multiply the mix by N (``aggregate="sum"``).
+        dim: the channel dimension.
+
+    Returns:
+        The mix (like ``sources[0]``), and logits and inverse RMS, both [N, *tokens] in the
+        arithmetic dtype.
+    """
+    coefficients, logits, inverse_rms = _attend(sources, query, gain, eps, count, dim)
+    mixed = sources[0] * coefficients[0]
+    for source, coefficient in zip(sources[1:], coefficients[1:], strict=True):
+        mixed = mixed + source * coefficient
+    return mixed.to(sources[0].dtype), logits, inverse_rms
+
+
+def _attend(
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """What to multiply each source by, and the logits and inverse RMS that this comes from."""
+    dtype = arithmetic_dtype(sources[0].dtype)
+    weight = _effective_query(query, gain, dtype)
+    dim = _from_the_end(dim, sources[0])
+    squares, projections = [], []
+    for source in sources:
+        value = source.to(dtype)
+        squares.append(_sum_of_squares(value, dim))
+        projections.append(_project(value, weight, dim))
+    inverse_rms = torch.rsqrt(torch.stack(squares) / sources[0].shape[dim] + eps)
+    logits = torch.stack(projections) * inverse_rms
+    coefficients = torch.softmax(logits, dim=0).unsqueeze(dim)
+    if count:
+        coefficients = coefficients * len(sources)
+    return coefficients.unbind(), logits, inverse_rms
+
+
+def _mix_eagerly(
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_arguments(sources, query, gain, dim)
+    with _without_autocast(query):
+        coefficients, logits, inverse_rms = _attend(sources, query, gain, eps, count, dim)
+        # One accumulator instead of a stack: each source is read where it lies.
+        mixed = torch.zeros_like(sources[0], dtype=logits.dtype)
+        for source, coefficient in zip(sources, coefficients, strict=True):
+            mixed.addcmul_(source.to(logits.dtype), coefficient)
+        return mixed.to(sources[0].dtype), logits, inverse_rms
+
+
+_mix = torch.library.custom_op(
+    "attnres::mix",
+    _mix_eagerly,
+    mutates_args=(),
+    schema=(
+        "(Tensor[] sources, Tensor query, Tensor? gain, float eps, bool count, int dim)"
+        " -> (Tensor mixed, Tensor logits, Tensor inverse_rms)"
+    ),
+)
+
+
+@_mix.register_fake
+def _mix_fake(
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_arguments(sources, query, gain, dim)
+    first = sources[0]
+    tokens = list(first.shape)
+    del tokens[dim]
+    logits = first.new_empty((len(sources), *tokens), dtype=arithmetic_dtype(first.dtype))
+    return torch.empty_like(first), logits, torch.empty_like(logits)
+
+
+@torch.library.custom_op(
+    "attnres::mix_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor[] sources, Tensor weight, Tensor logits, Tensor inverse_rms,"
+        " bool count, int dim, int[] wanted, bool wants_weight) -> Tensor[]"
+    ),
+)
+def _mix_backward(
+    grad: Tensor,
+    sources: Sequence[Tensor],
+    weight: Tensor,
+    logits: Tensor,
+    inverse_rms: Tensor,
+    count: bool,
+    dim: int,
+    wanted: Sequence[int],
+    wants_weight: bool,
+) -> list[Tensor]:
+    """The gradients of the sources ``wanted`` and then, if ``wants_weight``, that of ``weight``.
+
+    ``weight`` is [D], the query times the gain, in the arithmetic dtype, and so is its gradient.
+    """
+    with _without_autocast(grad):
+        dim = _from_the_end(dim, grad)
+        grad = grad.to(logits.dtype)
+        product = torch.empty_like(grad)  # one temporary for all sources
+        slopes = torch.stack([torch.mul(grad, source, out=product).sum(dim) for source in sources])
+        del product
+        alphas = torch.softmax(logits, dim=0)
+        coefficients = alphas * len(sources) if count else alphas
+        grad_logits = coefficients * (slopes - (alphas * slopes).sum(dim=0))
+        towards_weight = grad_logits * inverse_rms
+        towards_source = towards_weight * inverse_rms * logits / -grad.shape[dim]
+
+        grads = []
+        for i in wanted:
+            total = torch.empty_like(sources[i], dtype=grad.dtype)
+            torch.mul(grad, coefficients[i].unsqueeze(dim), out=total)
+            total.addcmul_(sources[i].to(grad.dtype), towards_source[i].unsqueeze(dim))
+            total.addcmul_(_along(weight, dim), towards_weight[i].unsqueeze(dim))
+            grads.append(total.to(sources[i].dtype))
+        if wants_weight:
+            grad_weight = torch.zeros_like(weight)
+            for source, coefficient in zip(sources, towards_weight.unbind(), strict=True):
+                grad_weight += _sum_over_tokens(source.to(grad.dtype), coefficient, dim)
+            grads.append(grad_weight)
+        return grads
+
+
+@_mix_backward.register_fake
+def _mix_backward_fake(
+    grad: Tensor,
+    sources: Sequence[Tensor],
+    weight: Tensor,
+    logits: Tensor,
+    inverse_rms: Tensor,
+    count: bool,
+    dim: int,
+    wanted: Sequence[int],
+    wants_weight: bool,
+) -> list[Tensor]:
+    grads = [torch.empty_like(sources[i]) for i in wanted]
+    return [*grads, torch.empty_like(weight)] if wants_weight else grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    sources, query, gain, _, ctx.count, ctx.dim = inputs
+    _, logits, inverse_rms = output
+    ctx.mark_non_differentiable(logits, inverse_rms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, gain, logits, inverse_rms, *sources)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    needs_sources, needs_query, needs_gain, *_ = ctx.needs_input_grad
+    query, gain, logits, inverse_rms, *sources = ctx.saved_tensors
+    grad_sources: list[Tensor | None] = [None] * len(sources)
+    if grad is None:
+        return grad_sources, None, None, None, None, None
+    wanted = [i for i, needed in enumerate(needs_sources) if needed]
+    grads = torch.ops.attnres.mix_backward(
+        grad,
+        sources,
+        _effective_query(query, gain, logits.dtype),
+        logits,
+        inverse_rms,
+        ctx.count,
+        ctx.dim,
+        wanted,
+        needs_query or needs_gain,
+    )
+    for i, grad_source in zip(wanted, grads, strict=False):
+        grad_sources[i] = grad_source
+    grad_query = _effective_query(grads[-1], gain, logits.dtype) if needs_query else None
+    grad_gain = grads[-1] * query.to(logits.dtype) if needs_gain else None
+    return grad_sources, _cast(grad_query, query), _cast(grad_gain, gain), None, None, None
+
+
+def _second_backward(*_: object) -> None:
+    raise NotImplementedError(
+        "attnres::mix has first derivatives only; for higher ones call "
+        "attnres_compile.kernels.reference.mix."
+    )
+
+
+_mix.register_autograd(_backward, setup_context=_setup_context)
+_mix_backward.register_autograd(_second_backward)
+
+
+def check_arguments(
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, dim: int
+) -> None:
+    """Raise InputError unless the arguments fit together; the message says what to change."""
+    if not sources:
+        raise InputError("there are no sources to mix; pass at least one tensor.")
+    first = sources[0]
+    if not first.is_floating_point():
+        raise InputError(f"sources must be of a floating dtype, not {first.dtype}; cast them.")
+    if not -first.ndim <= dim < first.ndim:
+        raise InputError(
+            f"dim={dim} is not a dimension of sources of shape {tuple(first.shape)}; pass the "
+            "position of their channels, -1 for tokens and 1 for images."
+        )
+    for i, source in enumerate(sources):
+        if source.shape != first.shape:
+            raise InputError(
+                f"source {i} has shape {tuple(source.shape)} and source 0 has shape "
+                f"{tuple(first.shape)}; expand them to one shape first."
+            )
+        if source.dtype != first.dtype:
+            raise InputError(
+                f"source {i} is {source.dtype} and source 0 is {first.dtype}; cast them to one "
+                "dtype first."
+            )
+        if source.device != first.device:
+            raise InputError(
+                f"source {i} is on {source.device} and source 0 is on {first.device}; move them "
+                "to one device first."
+            )
+    _check_vector("query", query, first, dim)
+    if gain is not None:
+        _check_vector("gain", gain, first, dim)
+
+
+def _check_vector(name: str, vector: Tensor, source: Tensor, dim: int) -> None:
+    if vector.shape != (source.shape[dim],):
+        raise InputError(
+            f"the {name} has shape {tuple(vector.shape)}, but dimension {dim} of the sources, of "
+            f"shape {tuple(source.shape)}, asks for ({source.shape[dim]},); pass one number per "
+            "channel, or another dim."
+        )
+    if not vector.is_floating_point():
+        raise InputError(f"the {name} must be of a floating dtype, not {vector.dtype}; cast it.")
+    if vector.device != source.device:
+        raise InputError(
+            f"the {name} is on {vector.device} and the sources are on {source.device}; move it."
+        )
+
+
+def _effective_query(query: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    query = query.to(dtype)
+    return query if gain is None else query * gain.to(dtype)
+
+
+def _cast(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if grad is None else grad.to(like.dtype)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside an operator autocast still rewrites calls, such as the matrix products here."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _from_the_end(dim: int, source: Tensor) -> int:
+    """``dim`` as a negative number, which means the same with and without a leading dimension."""
+    return dim if dim < 0 else dim - source.ndim
+
+
+# With the channels last, norms and matrix products need no temporary of the size of a source;
+# in other layouts they would copy or stride, and element-wise operators are several times faster.
+
+
+def _sum_of_squares(value: Tensor, dim: int) -> Tensor:
+    """The sum over the channels of ``value`` squared, [*tokens]."""
+    if dim != -1:
+        return value.square().sum(dim)
+    norm: Tensor = torch.linalg.vector_norm(value, dim=-1)
+    return norm.square()
+
+
+def _project(value: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """The scalar product of each token's channels with ``weight``, [*tokens]."""
+    if dim == -1:
+        return value @ weight
+    return (value * _along(weight, dim)).sum(dim)
+
+
+def _sum_over_tokens(value: Tensor, coefficient: Tensor, dim: int) -> Tensor:
+    """The sum over tokens of ``coefficient * value``, [D]."""
+    if dim == -1:
+        return coefficient.flatten() @ value.reshape(-1, value.shape[-1])
+    tokens = [d for d in range(-value.ndim, 0) if d != dim]
+    return (value * coefficient.unsqueeze(dim)).sum(tokens)
+
+
+def _along(vector: Tensor, dim: int) -> Tensor:
+    """``vector`` [D] as a view that broadcasts along ``dim``, counted from the end."""
+    return vector.view(-1, *[1] * (-dim - 1))

@@ -1,0 +1,238 @@
+"""Rewrite residual streams into Block Attention Residual mixes.
+
+Every state that is read becomes a mix over the sources of its site; the additions between become
+partial sums of branches. With sublayer outputs ``v`` grouped into blocks, the sources of a site are
+the root, the sums of the completed blocks, and the partial sum of the block in progress, if any
+(arXiv 2603.15031, equations 5 and 6). They always sum to the ordinary residual stream.
+
+Contract: needs streams found in this very graph and a layout for each; changes nothing but the
+additions, their readers' operands, and copies or views that nothing uses any more.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from attnres_compile.kernels import ops as kernel_ops  # noqa: F401  registers attnres::mix
+from attnres_compile.passes import operations as ops
+from attnres_compile.passes.find_streams import Addition, ResidualStream, State
+from attnres_compile.passes.graph_values import MODULE_CALLS, dtype_of, shape_of, value_of
+from attnres_compile.passes.inline_checkpoints import REGION
+
+aten = torch.ops.aten
+_PROVENANCE = (MODULE_CALLS, REGION, "nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+@dataclass(frozen=True)
+class MixLayout:
+    """How the mixes of one stream are computed.
+
+    Attributes:
+        block_sublayers: how many sublayers each block has.
+        sums: multiply each mix by its number of sources (``aggregate="sum"``).
+        eps: of the keys' RMSNorm.
+        channel_dim: -1 or 1.
+    """
+
+    block_sublayers: tuple[int, ...]
+    sums: bool
+    eps: float
+    channel_dim: int
+
+
+SiteParameters = Mapping[int, tuple[fx.Node, fx.Node | None]]
+"""Query and key gain of each site, by its position among the stream's states."""
+
+
+def rewrite_residuals(
+    graph: fx.Graph, stream: ResidualStream, layout: MixLayout, parameters: SiteParameters
+) -> None:
+    """Rewrites one stream of a graph, in place.
+
+    Args:
+        graph: the graph that `stream` was found in.
+        stream: the states and additions to rewrite.
+        layout: blocks and the form of the mix.
+        parameters: graph nodes holding query [D] and gain [D] of every site with several sources.
+    """
+    writer = _StreamWriter(graph, stream, layout, parameters)
+    for position, state in enumerate(stream.states[1:], start=1):
+        writer.advance(position, state)
+    _erase_dead(graph, [state.node for state in stream.states[1:]])
+
+
+class _StreamWriter:
+    """The sources of a stream, while its states are rewritten one after the other."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        stream: ResidualStream,
+        layout: MixLayout,
+        parameters: SiteParameters,
+    ) -> None:
+        self._graph = graph
+        self._layout = layout
+        self._parameters = parameters
+        first = stream.states[1].addition
+        assert first is not None
+        # As it stands now: a stream around this one may have been rewritten before.
+        self._root = first.skip
+        self._completed: list[fx.Node] = []
+        self._partial: fx.Node | None = None
+        self._seals = _cumulative(layout.block_sublayers)
+        self._sublayers = 0
+        self._open_additions = 0
+
+    def advance(self, position: int, state: State) -> None:
+        """Adds the branch of a state's addition and, where the state is read, puts its mix."""
+        assert state.addition is not None
+        with self._graph.inserting_before(state.node):
+            edit = _Editor(self._graph, state.node)
+            branch = self._branch(edit, state.addition)
+            self._partial = branch if self._partial is None else edit.add(self._partial, branch)
+            self._open_additions += int(state.addition.is_residual)
+            if state.reads:
+                self._complete_sublayer()
+                mixed = self._mix(edit, position, state)
+                _redirect_reads(state, mixed)
+
+    def _complete_sublayer(self) -> None:
+        if self._open_additions == 0:
+            return
+        self._open_additions = 0
+        self._sublayers += 1
+        if self._sublayers in self._seals:
+            assert self._partial is not None
+            self._completed.append(self._partial)
+            self._partial = None
+
+    def _branch(self, edit: _Editor, addition: Addition) -> fx.Node:
+        """What the addition adds, in the root's layout and the state's dtype."""
+        branch = _branch_operand(edit, addition)
+        if shape_of(branch) != shape_of(addition.node):
+            branch = edit.call(aten.expand_as.default, branch, addition.skip)
+        branch = edit.cast(branch, dtype_of(addition.node))
+        if shape_of(branch) != shape_of(self._root):
+            branch = edit.call(aten.reshape_as.default, branch, self._root)
+        return branch
+
+    def _mix(self, edit: _Editor, position: int, state: State) -> fx.Node:
+        sources = [self._root, *self._completed]
+        if self._partial is not None:
+            sources.append(self._partial)
+        dtype = dtype_of(state.node)
+        query, gain = self._parameters[position]
+        outputs = edit.call(
+            torch.ops.attnres.mix.default,
+            [edit.cast(source, dtype) for source in sources],
+            query,
+            gain,
+            self._layout.eps,
+            self._layout.sums,
+            self._layout.channel_dim,
+        )
+        mixed = edit.call(operator.getitem, outputs, 0)
+        if shape_of(mixed) != shape_of(state.node):
+            assert state.addition is not None
+            mixed = edit.call(aten.reshape_as.default, mixed, state.addition.skip)
+        return mixed
+
+
+class _Editor:
+    """Inserts nodes before an anchor, with example values and the anchor's provenance."""
+
+    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
+        self._graph = graph
+        self._anchor = anchor
+        self._key = next((k for k in ("val", "example_value") if k in anchor.meta), None)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self._graph.call_function(target, args, kwargs)
+        node.meta.update({k: self._anchor.meta[k] for k in _PROVENANCE if k in self._anchor.meta})
+        if self._key is not None:
+            node.meta[self._key] = _evaluate(node)
+        return node
+
+    def add(self, left: fx.Node, right: fx.Node) -> fx.Node:
+        return self.call(aten.add.Tensor, self.cast(left, dtype_of(right)), right)
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if dtype_of(node) == dtype else self.call(aten.to.dtype, node, dtype)
+
+
+def _branch_operand(edit: _Editor, addition: Addition) -> fx.Node:
+    """The branch of ``skip + alpha * branch``, ``skip - branch`` or ``addcmul(skip, a, b)``."""
+    node = addition.node
+    if ops.operation(node) == "addcmul":
+        product = edit.call(aten.mul.Tensor, *addition.branch)
+        return _scaled(edit, product, ops.argument(node, 3, "value", 1))
+    (branch,) = addition.branch
+    factor = ops.argument(node, 2, "alpha", 1)
+    return _scaled(edit, branch, -factor if ops.operation(node) == "sub" else factor)
+
+
+def _scaled(edit: _Editor, branch: fx.Node, factor: float) -> fx.Node:
+    return branch if factor == 1 else edit.call(aten.mul.Tensor, branch, factor)
+
+
+def _redirect_reads(state: State, mixed: fx.Node) -> None:
+    """Every reader of the state reads the mix; so do readers of memory it was written into."""
+    stale = [read for read in state.reads if _is_older(read.operand, state.node)]
+    state.node.replace_all_uses_with(mixed)
+    for read in stale:
+        read.user.replace_input_with(read.operand, mixed)
+
+
+def _is_older(node: fx.Node, than: fx.Node) -> bool:
+    return node is not than and node < than
+
+
+def _evaluate(node: fx.Node) -> Any:
+    """The example value of a new node, computed on fake tensors."""
+    args = fx.node.map_arg(node.args, value_of)
+    kwargs = fx.node.map_arg(node.kwargs, value_of)
+    assert callable(node.target)
+    # The mode of the values themselves: the ambient one may be another's.
+    fakes = [leaf for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)]
+    with fakes[0].fake_mode if fakes else nullcontext():
+        return node.target(*args, **kwargs)
+
+
+def _cumulative(lengths: Sequence[int]) -> set[int]:
+    ends, total = set(), 0
+    for length in lengths:
+        total += length
+        ends.add(total)
+    return ends
+
+
+def _erase_dead(graph: fx.Graph, additions: list[fx.Node]) -> None:
+    """Erases rewritten additions and the copies and views that only served them.
+
+    Nothing else: dead code elimination is unsafe on torch-level graphs, where in-place methods do
+    not count as impure.
+    """
+    for addition in reversed(additions):
+        pending = [addition]
+        while pending:
+            node = pending.pop()
+            if node.users or not (node is addition or _is_plain_copy(node)):
+                continue
+            pending += node.all_input_nodes
+            graph.erase_node(node)
+
+
+def _is_plain_copy(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and (
+        ops.is_value_preserving(node) or ops.is_reshape(node)
+    )

@@ -1,0 +1,275 @@
+"""attnres::mix against its specification: values, gradients, memory and refusals."""
+
+import doctest
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import attnres_compile.functional
+from attnres_compile.errors import InputError
+from attnres_compile.functional import attnres
+from attnres_compile.kernels import ops
+from mix_cases import assert_case_matches, make_case
+from tolerances import TOLERANCE, assert_matches
+
+
+def decomposed(
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, **options: object
+) -> Tensor:
+    """The decomposition under the signature of ``ops.mix``, differentiated by PyTorch."""
+    count = options["aggregate"] == "sum"
+    return ops.decomposition(sources, query, gain, options["eps"], count, options["dim"])[0]
+
+
+@pytest.mark.parametrize("mix", [ops.mix, decomposed, attnres], ids=["op", "plain", "public"])
+@pytest.mark.parametrize("width", [1, 48, 64, 96, 1000])
+@pytest.mark.parametrize("num_sources", [*range(1, 10), 33])
+def test_widths_and_numbers_of_sources(
+    num_sources: int, width: int, mix: Callable[..., Tensor]
+) -> None:
+    assert_case_matches(make_case(num_sources, (2, 3, width)), mix)
+
+
+@pytest.mark.parametrize("mix", [ops.mix, decomposed], ids=["op", "plain"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("aggregate", ["sum", "mean"])
+@pytest.mark.parametrize("with_gain", [True, False], ids=["gain", "no-gain"])
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((2, 3, 48), -1), ((2, 48, 3, 5), 1), ((2, 48, 3, 5), -3), ((48,), 0), ((0, 48), -1)],
+    ids=["tokens", "images", "images-from-the-end", "one-token", "no-token"],
+)
+def test_layouts_dtypes_and_modes(
+    shape: tuple[int, ...],
+    dim: int,
+    with_gain: bool,
+    aggregate: str,
+    dtype: torch.dtype,
+    mix: Callable[..., Tensor],
+) -> None:
+    options = {"dim": dim, "dtype": dtype, "aggregate": aggregate, "with_gain": with_gain}
+    assert_case_matches(make_case(4, shape, **options), mix)
+
+
+@given(
+    layouts=st.lists(
+        st.sampled_from(["dense", "transposed", "strided", "expanded"]), min_size=1, max_size=4
+    ),
+    shape=st.lists(st.integers(2, 4), min_size=2, max_size=4),
+    data=st.data(),
+)
+def test_any_mix_of_views(layouts: list[str], shape: list[int], data: st.DataObject) -> None:
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1), label="dim")
+    case = make_case(len(layouts), shape, dim=dim, dtype=torch.float64)
+    views = [lay_out(case.sources[i], layout, dim) for i, layout in enumerate(layouts)]
+    assert_case_matches(replace(case, sources=tuple(views)), ops.mix)
+
+
+def lay_out(source: Tensor, layout: str, dim: int) -> Tensor:
+    """A view of ``source``'s shape with other strides; "expanded" repeats the first token."""
+    if layout == "transposed":
+        return source.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        return torch.stack([source, source], dim=-1)[..., 0]
+    if layout == "expanded":
+        token_dim = 1 if dim % source.ndim == 0 else 0
+        return source.narrow(token_dim, 0, 1).expand_as(source)
+    return source
+
+
+@pytest.mark.parametrize("with_gain", [True, False], ids=["gain", "no-gain"])
+@pytest.mark.parametrize(("shape", "dim"), [((2, 5), -1), ((2, 5, 2), 1)])
+def test_gradcheck(shape: tuple[int, ...], dim: int, with_gain: bool) -> None:
+    case = make_case(3, shape, dim=dim, dtype=torch.float64, with_gain=with_gain)
+
+    def function(query: Tensor, gain: Tensor | None, *sources: Tensor) -> Tensor:
+        return ops.mix(sources, query, gain, eps=1e-6, aggregate="sum", dim=dim)
+
+    assert torch.autograd.gradcheck(function, (case.query, case.gain, *case.sources))
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["query"],
+        ["gain"],
+        ["query", "gain"],
+        ["sources[1]"],
+        ["sources[0]", "sources[1]", "sources[2]"],
+    ],
+    ids=" ".join,
+)
+def test_gradients_of_what_needs_them(frozen: list[str]) -> None:
+    case = make_case(3, (2, 48))
+    expected = case.expected()
+    for name in frozen:
+        case.tensors()[name].requires_grad_(False)
+    ops.mix(case.sources, case.query, case.gain, eps=1e-6, aggregate="sum").backward(case.grad)
+    for name, tensor in case.tensors().items():
+        assert (tensor.grad is None) == (name in frozen), name
+        if tensor.grad is not None:
+            assert_matches(tensor.grad, expected[name], name=name)
+
+
+def test_zero_query_adds_up_or_averages() -> None:
+    case = make_case(9, (2, 3, 48))
+    zero = torch.zeros(48)
+    total = ops.mix(case.sources, zero, case.gain, eps=1e-6, aggregate="sum")
+    assert_matches(total, torch.stack(case.sources).sum(0), name="sum")
+    mean = ops.mix(case.sources, zero, case.gain, eps=1e-6, aggregate="mean")
+    assert_matches(mean, torch.stack(case.sources).mean(0), name="mean")
+
+
+def test_parameters_may_be_wider_than_the_sources() -> None:
+    case = make_case(3, (4, 48), dtype=torch.bfloat16)
+    query, gain = (vector.detach().float().requires_grad_() for vector in (case.query, case.gain))
+    assert_case_matches(replace(case, query=query, gain=gain), ops.mix)
+
+
+def test_one_tensor_may_be_several_sources() -> None:
+    case = make_case(2, (4, 48))
+    first, second = case.sources
+    options = {"eps": 1e-6, "aggregate": "sum"}
+    twice = ops.mix([first, second, first], case.query, case.gain, **options)
+    apart = ops.mix([first, second, first.clone()], case.query, case.gain, **options)
+    grads = [torch.autograd.grad(mixed, case.sources, case.grad) for mixed in (twice, apart)]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make_case(3, (4, 48))
+    plain = case.run(ops.mix)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = case.run(ops.mix)
+    assert all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
+def test_activation_checkpointing() -> None:
+    def checkpointed(*args: object, **options: object) -> Tensor:
+        return checkpoint(ops.mix, *args, use_reentrant=False, **options)
+
+    assert_case_matches(make_case(3, (4, 48)), checkpointed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_no_copy_of_a_source(dtype: torch.dtype) -> None:
+    case = make_case(5, (4, 8, 64), dtype=dtype)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.mix(case.sources, case.query, case.gain, eps=1e-6, aggregate="sum")
+    sources = [storage_of(source) for source in case.sources]
+    parameters = [storage_of(case.query), storage_of(case.gain)]
+    assert set(map(storage_of, saved)).issuperset(sources + parameters)
+    others = [t for t in saved if storage_of(t) not in sources + parameters]
+    # A logit and an inverse RMS for each of 5 sources and 4 * 8 tokens, in float32.
+    assert sum(t.untyped_storage().nbytes() for t in others) == 2 * 5 * 4 * 8 * 4
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class LargestCrowd(TorchDispatchMode):
+    """Counts how many results of at least ``numel`` elements are alive at once."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.most = 0
+        self.alive: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() >= self.numel:
+            self.alive = [ref for ref in self.alive if ref() is not None and ref() is not result]
+            self.alive.append(weakref.ref(result))
+            self.most = max(self.most, len(self.alive))
+        return result
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2), (torch.bfloat16, 3)], ids=str)
+def test_inference_holds_no_tensor_per_source(dtype: torch.dtype, most: int) -> None:
+    case = make_case(8, (4, 8, 64), dtype=dtype)
+    with torch.no_grad(), LargestCrowd(case.grad.numel()) as crowd:
+        ops._mix_eagerly(case.sources, case.query, case.gain, 1e-6, True, -1)
+    assert 0 < crowd.most <= most
+
+
+def test_a_source_changed_before_backward_is_an_error() -> None:
+    case = make_case(3, (4, 48))
+    mixed = ops.mix(case.sources, case.query, case.gain, eps=1e-6, aggregate="sum")
+    with torch.no_grad():
+        case.sources[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        mixed.backward(case.grad)
+
+
+def test_statistics_have_no_gradient() -> None:
+    case = make_case(3, (4, 48))
+    mixed, logits, inverse_rms = torch.ops.attnres.mix(
+        list(case.sources), case.query, case.gain, 1e-6, True, -1
+    )
+    assert mixed.requires_grad
+    assert logits.shape == inverse_rms.shape == (3, 4)
+    assert not logits.requires_grad
+    assert not inverse_rms.requires_grad
+    rms = torch.stack(case.sources).square().mean(-1).sqrt()
+    assert_matches(1 / inverse_rms, rms.detach(), name="rms")
+
+
+def test_second_derivatives_are_refused() -> None:
+    case = make_case(3, (4, 48))
+    mixed = ops.mix(case.sources, case.query, case.gain, eps=1e-6, aggregate="sum")
+    (grad,) = torch.autograd.grad(mixed.square().sum(), case.query, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"first derivatives only.*reference\.mix"):
+        grad.sum().backward()
+
+
+TOKENS = torch.zeros(2, 3, 4)
+BAD_ARGUMENTS = {
+    "no sources to mix; pass at least one tensor": {"sources": []},
+    r"one tensor of shape \(2, 3, 4\); pass a list .* list\(sources.unbind\(0\)\)": {
+        "sources": TOKENS
+    },
+    "source 1 is a float; pass a tensor": {"sources": [TOKENS, 1.0]},
+    r"source 1 has shape \(2, 1, 4\) and source 0 has shape \(2, 3, 4\); expand": {
+        "sources": [TOKENS, TOKENS[:, :1]]
+    },
+    "source 1 is torch.float64 and source 0 is torch.float32; cast": {
+        "sources": [TOKENS, TOKENS.double()]
+    },
+    "source 1 is on meta and source 0 is on cpu; move": {"sources": [TOKENS, TOKENS.to("meta")]},
+    "sources must be of a floating dtype, not torch.int64": {"sources": [TOKENS.long()]},
+    r"dim=3 is not a dimension of sources of shape \(2, 3, 4\)": {"dim": 3},
+    r"query has shape \(4,\), but dimension 1 of the sources, .* asks for \(3,\)": {"dim": 1},
+    r"query has shape \(4, 1\)": {"query": torch.zeros(4, 1)},
+    "the query is a NoneType; pass a tensor": {"query": None},
+    "the query must be of a floating dtype, not torch.int64": {"query": torch.zeros(4).long()},
+    "the query is on meta and the sources are on cpu": {"query": torch.zeros(4, device="meta")},
+    r"gain has shape \(5,\)": {"gain": torch.zeros(5)},
+    "the gain is a float; pass a tensor": {"gain": 1.0},
+    "aggregate must be 'sum' or 'mean', not 'max'": {"aggregate": "max"},
+    "eps must be positive, not 0": {"eps": 0},
+}
+
+
+@pytest.mark.parametrize(("message", "change"), BAD_ARGUMENTS.items(), ids=list(BAD_ARGUMENTS))
+def test_bad_arguments(message: str, change: dict[str, object]) -> None:
+    arguments = {"sources": [TOKENS, TOKENS], "query": torch.zeros(4), **change}
+    with pytest.raises(InputError, match=message):
+        attnres(**arguments)
+
+
+@pytest.mark.parametrize("module", [ops, attnres_compile.functional], ids=lambda m: m.__name__)
+def test_docstring_examples(module: object) -> None:
+    failures, examples = doctest.testmod(module)
+    assert failures == 0
+    assert examples > 0
