@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from attnres_compile.errors import AttnResError as AttnResError
     from attnres_compile.exporting import export as export
     from attnres_compile.inspection import depth_attention as depth_attention
-    from attnres_compile.plans import ConversionPlan as ConversionPlan
     from attnres_compile.planning import plan as plan
+    from attnres_compile.plans import ConversionPlan as ConversionPlan
     from attnres_compile.training import param_groups as param_groups
     from attnres_compile.verification import VerifyReport as VerifyReport
     from attnres_compile.verification import verify as verify

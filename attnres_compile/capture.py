@@ -37,7 +37,7 @@ class Captured:
     route: Route
 
 
-class _Stop(Exception):
+class _CaptureDone(Exception):  # noqa: N818  not an error
     """Ends a Dynamo capture once the graph is there, before anything runs."""
 
 
@@ -72,7 +72,7 @@ def _capture_by_dynamo(
 
     def stop_here(module: fx.GraphModule, _inputs: list[Any]) -> NoReturn:
         captured.append(module)
-        raise _Stop
+        raise _CaptureDone
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -103,7 +103,8 @@ def _capture_by_export(
     except Exception as error:
         raise capture_error(type(model).__name__, error) from error
     annotate_export(program.graph_module)
-    return program.graph_module
+    module: fx.GraphModule = program.graph_module
+    return module
 
 
 @contextlib.contextmanager
@@ -139,7 +140,7 @@ def prepare_for_tracing(model: nn.Module) -> None:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
         if hasattr(module, "_can_record_outputs") and hasattr(module, "config"):
-            maybe_install_capturing_hooks(module)
+            maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
 
 
 def annotate_dynamo(module: fx.GraphModule, root: nn.Module) -> None:

@@ -65,7 +65,9 @@ class AttnResConfig:
         if not 0 < self.eps < 1:
             raise ConfigError(f"eps must lie between 0 and 1, not {self.eps!r}.")
         if isinstance(self.streams, str):
-            raise ConfigError(f"streams takes a tuple of patterns; write streams=({self.streams!r},).")
+            raise ConfigError(
+                f"streams takes a tuple of patterns; write streams=({self.streams!r},)."
+            )
         if self.streams is not None:
             object.__setattr__(self, "streams", tuple(self.streams))
 

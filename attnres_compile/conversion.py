@@ -25,11 +25,12 @@ from attnres_compile.module import (
     become_guard,
     become_owner,
     is_converted,
+    leave_class,
     owners,
 )
-from attnres_compile.plans import ConversionPlan, PlannedStream
-from attnres_compile.planning import CONTAINERS, check_model, stream_dtype
+from attnres_compile.planning import check_model, common_path, stream_dtype
 from attnres_compile.planning import plan as make_plan
+from attnres_compile.plans import ConversionPlan, PlannedStream
 
 Model = TypeVar("Model", bound=nn.Module)
 Executor = Literal["eager", "attnres"]
@@ -78,7 +79,7 @@ def convert(
     if isinstance(model, torch.export.ExportedProgram):
         return convert_exported(model, config or AttnResConfig())
     if isinstance(model, torch.fx.GraphModule):
-        return convert_graph_module(model, args, kwargs, config or AttnResConfig())
+        return convert_graph_module(model, args, kwargs, config or AttnResConfig())  # type: ignore[return-value]
     if plan is None:
         plan = make_plan(model, args, kwargs, config=config)
     check_model(model)
@@ -117,11 +118,13 @@ def strip(converted: Model) -> Model:
             "computes plain residual sums, not what the converted model computes.",
             stacklevel=2,
         )
-    paths = [path for path, module in converted.named_modules() if isinstance(module, Owner | Guard)]
+    paths = [
+        path for path, module in converted.named_modules() if isinstance(module, Owner | Guard)
+    ]
     copies = _copy_paths(converted, paths)
     for path in paths:
         module = copies[path]
-        module.__class__ = type(module)._attnres_base
+        leave_class(module)
         module._modules.pop("attnres", None)
     plain = copies[""]
     plain.__dict__.pop("plan", None)
@@ -132,7 +135,7 @@ def strip(converted: Model) -> Model:
 def queries(converted: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """Names and values of all queries."""
     for path, owner in owners(converted):
-        for name, parameter in owner.attnres.named_parameters():  # type: ignore[union-attr]
+        for name, parameter in owner.attnres.named_parameters():
             if name.endswith(".query"):
                 yield f"{path}.attnres.{name}".lstrip("."), parameter
 
@@ -222,22 +225,13 @@ def _containers_between(model: nn.Module, plan: ConversionPlan) -> list[str]:
     """Containers between owners and layers: called on their own they would run unconverted."""
     found: dict[str, None] = {}
     for stream in plan.streams:
-        start = f"{stream.owner}." if stream.owner else ""
-        inside = stream.name.split("#")[0].removeprefix(start)
-        parts = inside.split(".") if inside and inside != stream.owner else []
+        parts = common_path([a.module_path for a in stream.additions]).split(".")
         for end in range(1, len(parts) + 1):
-            path = start + ".".join(parts[:end])
-            if _is_called_container(model, path):
+            path = ".".join(parts[:end])
+            below_owner = path != stream.owner and path.startswith(stream.owner)
+            if below_owner and isinstance(model.get_submodule(path), nn.Sequential):
                 found[path] = None
     return list(found)
-
-
-def _is_called_container(model: nn.Module, path: str) -> bool:
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return False
-    return isinstance(module, CONTAINERS) and isinstance(module, nn.Sequential)
 
 
 def _make_attnres(
@@ -262,9 +256,7 @@ def _make_attnres(
     return attnres.train(owner.training)
 
 
-def _owner_layout(
-    streams: list[PlannedStream], config: AttnResConfig, path: str
-) -> OwnerLayout:
+def _owner_layout(streams: list[PlannedStream], config: AttnResConfig, path: str) -> OwnerLayout:
     layers = {_below(a.module_path, path) for s in streams for a in s.additions} - {""}
     above = {".".join(p.split(".")[:end]) for p in layers for end in range(1, p.count(".") + 1)}
     methods = {name for stream in streams for name in stream.methods}

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from attnres_compile.capture import capture_error, prepare_for_tracing, tracing
 from attnres_compile.errors import AttnResError, UnconvertedPathError
-from attnres_compile.module import UNCONVERTED, declare
+from attnres_compile.module import UNCONVERTED, Owner, declare
 from attnres_compile.passes.outline_checkpoints import outline_checkpoints
 from attnres_compile.rewriting import rewrite_dynamo_graph
 
@@ -27,9 +27,7 @@ _COMPILED: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] =
 )
 
 
-def run_converted(
-    owner: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def run_converted(owner: Owner, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls a method of an owner with its Attention Residuals.
 
     Raises:
@@ -45,14 +43,14 @@ def run_converted(
 
 
 def run_method(
-    owner: nn.Module,
+    owner: Owner,
     name: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls another method than forward: converted if it runs layers with sites, else as it is."""
-    layout = owner.attnres.layout  # type: ignore[union-attr]
+    layout = owner.attnres.layout
     if name in layout.methods:
         return run_converted(owner, name, args, kwargs)
     if _WATCHED:
@@ -64,7 +62,7 @@ def run_method(
         return run_converted(owner, name, args, kwargs)
 
 
-class _ReachedLayer(Exception):
+class _ReachedLayer(Exception):  # noqa: N818  not an error
     """A watched method was about to run a layer outside of the converted forward."""
 
 
@@ -103,7 +101,7 @@ def _unwatched() -> Iterator[None]:
         _WATCHED.extend(watched)
 
 
-def _compiled(owner: nn.Module, method: str) -> Callable[..., Any]:
+def _compiled(owner: Owner, method: str) -> Callable[..., Any]:
     functions = _COMPILED.setdefault(owner, {})
     if method not in functions:
         prepare_for_tracing(owner)
@@ -111,11 +109,11 @@ def _compiled(owner: nn.Module, method: str) -> Callable[..., Any]:
     return functions[method]
 
 
-def _compile(owner: nn.Module, method: str) -> Callable[..., Any]:
-    base = type(owner)._attnres_base  # type: ignore[attr-defined]
+def _compile(owner: Owner, method: str) -> Callable[..., Any]:
+    base = type(owner)._attnres_base
     original = getattr(base, method)
     reference = weakref.ref(owner)
-    executor = owner.attnres.executor  # type: ignore[union-attr]
+    executor = owner.attnres.executor
 
     def body(self: Any, *args: Any, **kwargs: Any) -> Any:
         declare(self.attnres.declared(), self.attnres.encoded_layout)
@@ -147,8 +145,8 @@ def _explain(owner: nn.Module, error: Exception) -> NoReturn:
     name = type(owner).__name__
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
         raise UnconvertedPathError(
-            f"{name} was called in more ways (shapes, modes, dtypes) than Dynamo's recompile limit "
-            "admits; raise torch._dynamo.config.recompile_limit, or keep the inputs' sizes dynamic. "
+            f"{name} was called in more ways (shapes, modes, dtypes) than Dynamo's recompile "
+            "limit admits; raise torch._dynamo.config.recompile_limit, or keep sizes dynamic. "
             + UNCONVERTED
         ) from error
     raise capture_error(name, error) from error

@@ -55,15 +55,15 @@ def export(
     prepare_for_tracing(converted)
     try:
         with tracing():
-            program = torch.export.export(
+            program: torch.export.ExportedProgram = torch.export.export(
                 converted, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
     except Exception as error:
         raise capture_error(type(converted).__name__, error) from error
     rewrite_export_graph(program.graph_module)
-    program.validate()
+    program.validate()  # type: ignore[no-untyped-call]
     if decompose:
         table = torch.export.default_decompositions()
         table[torch.ops.attnres.mix.default] = kernel_ops.decomposition
-        return program.run_decompositions(table)
+        program = program.run_decompositions(table)
     return program

@@ -1,4 +1,4 @@
-"""Convert a GraphModule or an ExportedProgram: it is rewritten as it is and comes back as its kind."""
+"""Convert a GraphModule or ExportedProgram: it is rewritten as it is and keeps its kind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.rewrite_residuals import MixLayout, rewrite_residuals
-from attnres_compile.plans import ConversionPlan, PlannedStream
 from attnres_compile.planning import plan_of_capture, stream_dtype
+from attnres_compile.plans import ConversionPlan, PlannedStream
 
 MakeParameter = Callable[[str, torch.Tensor], fx.Node]
 
@@ -57,7 +57,7 @@ def convert_graph_module(
     _rewrite(converted.graph, planned, make, _device(module))
     converted.graph.lint()
     converted.recompile()
-    converted.plan = planned
+    converted.__dict__["plan"] = planned
     return converted
 
 
@@ -79,7 +79,7 @@ def convert_exported(
 
     def make(name: str, initial: torch.Tensor) -> fx.Node:
         with module.graph.inserting_before(first):
-            node = module.graph.placeholder("p_" + name.replace(".", "_"))
+            node: fx.Node = module.graph.placeholder("p_" + name.replace(".", "_"))
         node.meta["val"] = _fake_like(module, initial)
         argument = TensorArgument(name=node.name)
         added.append(InputSpec(kind=InputKind.PARAMETER, arg=argument, target=name))
@@ -91,7 +91,7 @@ def convert_exported(
     specs[:0] = added
     module.graph.lint()
     module.recompile()
-    converted.validate()
+    converted.validate()  # type: ignore[no-untyped-call]
     return converted
 
 
@@ -135,7 +135,9 @@ def _parameters(
         if site.query_name is None:
             continue
         dtype = stream_dtype(stream)
-        made = AttnResSite(stream.width, gain=site.gain_name is not None, dtype=dtype, device=device)
+        made = AttnResSite(
+            stream.width, gain=site.gain_name is not None, dtype=dtype, device=device
+        )
         query = make(site.query_name, made.query.detach())
         gain = None
         if site.gain_name is not None and made.gain is not None:

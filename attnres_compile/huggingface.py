@@ -1,42 +1,99 @@
-"""Keep what `save_pretrained` writes from loading as the plain model."""
+"""Keep what `save_pretrained` writes from loading as the plain model.
+
+The config of a converted transformers model is a twin of the original's: one state, two classes.
+So a change to either (`set_attn_implementation`) reaches the layers, which keep the original, while
+what the twin writes names a model type and a dtype that no loader knows.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
+import json
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from attnres_compile.module import owners
+
 SAVED_MODEL_TYPE = "attnres_compile"
+KEPT = "attnres_replaced"
+"""Key of a saved config under which the values lie that the mark has replaced."""
+
+REFUSAL = "this checkpoint has Attention Residuals: load it with attnres_compile"
+"""Stands where the dtype belongs. Auto classes refuse the model type; explicit classes would only
+warn of it, but every one looks its dtype up by name, fails, and shows this sentence."""
 
 
 def mark_config(model: nn.Module) -> None:
     """Gives a converted transformers model a config whose saved form stock loaders refuse."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_json_string"):
-        return
-    marked = copy.copy(config)
-    marked.__class__ = _marked_class(type(config))
-    _set_config(model, config, marked)
+    for module in _copied_modules(model):
+        config = vars(module).get("config")
+        if hasattr(config, "to_json_string") and not isinstance(config, _Marked):
+            module.__dict__["config"] = _marked_twin(config)
 
 
 def restore_config(model: nn.Module) -> None:
     """Takes the mark off again."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, _Marked):
-        return
-    plain = copy.copy(config)
-    plain.__class__ = type(config)._attnres_base
-    _set_config(model, config, plain)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, _Marked):
+            module.__dict__["config"] = config._attnres_plain
 
 
 class _Marked:
-    _attnres_base: type
+    """Mixin of the marked config classes."""
+
+    __slots__ = ("_attnres_plain",)
+    _attnres_plain: Any
+
+    def __init_subclass__(cls) -> None:
+        # The base has been through what transformers does to its config classes.
+        pass
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        """What is written to config.json; `to_dict` tells the values in use, without the mark."""
+        saved = json.loads(super().to_json_string(*args, **kwargs))  # type: ignore[misc]
+        return json.dumps(_refused(saved), indent=2, sort_keys=True) + "\n"
+
+    def __copy__(self) -> Any:
+        return _marked_twin(copy.copy(self._attnres_plain))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Through the plain config, so that a copy of the model shares one state again.
+        return _marked_twin, (self._attnres_plain,)
 
 
-def _set_config(model: nn.Module, old: Any, new: Any) -> None:
-    model.config = new
+def _copied_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The owners and all modules around them: they are copies, everything else is shared."""
+    paths = {""}
+    for path, _ in owners(model):
+        parts = path.split(".")
+        paths.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    for path in sorted(paths):
+        yield model.get_submodule(path)
 
 
+def _marked_twin(config: Any) -> Any:
+    twin = object.__new__(_marked_class(type(config)))
+    object.__setattr__(twin, "__dict__", vars(config))
+    object.__setattr__(twin, "_attnres_plain", config)
+    return twin
+
+
+@functools.cache
 def _marked_class(base: type) -> type:
-    return base
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__slots__": ()}
+    return type(base.__name__, (_Marked, base), {**names, "__doc__": base.__doc__})
+
+
+def _refused(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config, and every model's config within it, with the mark."""
+    marked = {k: _refused(v) if _is_config(v) else v for k, v in saved.items()}
+    marked[KEPT] = {key: saved[key] for key in ("model_type", "dtype") if key in saved}
+    return {**marked, "model_type": SAVED_MODEL_TYPE, "dtype": REFUSAL}
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) and "model_type" in value

@@ -53,7 +53,7 @@ def _transformers_inputs(model: nn.Module) -> Inputs | None:
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
         return None
-    kwargs = {main: _transformers_input(main, config)}
+    kwargs: dict[str, Any] = {main: _transformers_input(main, config)}
     if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
         kwargs["decoder_input_ids"] = _token_ids(config)
     if hasattr(config, "use_cache") and not getattr(config, "is_encoder_decoder", False):

@@ -25,13 +25,15 @@ from attnres_compile.layout import OwnerLayout
 UNCONVERTED = (
     "this path would have computed the network without its Attention Residuals, so it stops here. "
     "The converted module was run by something that does not rewrite it: an outer torch.compile "
-    "with another backend (use torch.compile(..., backend='attnres', fullgraph=True)), torch.export "
-    "(use attnres_compile.export), the force_eager stance or torch.compiler.disable (call it "
-    "outside of them), or a method that bypasses the converted forward."
+    "with another backend (use torch.compile(..., backend='attnres', fullgraph=True)), "
+    "torch.export (use attnres_compile.export), the force_eager stance or torch.compiler.disable "
+    "(call it outside of them), or a method that bypasses the converted forward."
 )
 
 
-@torch.library.custom_op("attnres::declare", mutates_args=(), schema="(Tensor[] parameters, str layout) -> ()")
+@torch.library.custom_op(
+    "attnres::declare", mutates_args=(), schema="(Tensor[] parameters, str layout) -> ()"
+)
 def declare(parameters: list[Tensor], layout: str) -> None:
     """Stands in a captured graph where an owner starts; executing it is an error."""
     raise UnconvertedPathError(UNCONVERTED)
@@ -81,10 +83,11 @@ class AttnRes(nn.Module):
 
     def declared(self) -> list[Tensor]:
         """Queries and gains in the order of the layout's sites."""
-        return [p for site in self.children() for p in (site.query, site.gain) if p is not None]
+        sites = [site for site in self.children() if isinstance(site, AttnResSite)]
+        return [p for site in sites for p in (site.query, site.gain) if p is not None]
 
 
-class Owner:
+class Owner(nn.Module):
     """Mixin of every generated owner class."""
 
     _attnres_base: ClassVar[type[nn.Module]]
@@ -92,11 +95,11 @@ class Owner:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so copies and pickles name its base instead.
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
         return rebuild_owner, (type(self)._attnres_base,), state
 
 
-class Guard:
+class Guard(nn.Module):
     """Mixin of containers between an owner and its layers, which hold no parameters themselves."""
 
     _attnres_base: ClassVar[type[nn.Module]]
@@ -108,10 +111,10 @@ class Guard:
                 "Residuals belong to the module around it; call that module instead."
             )
         declare([], "")
-        return type(self)._attnres_base.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        return type(self)._attnres_base.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
         return rebuild_guard, (type(self)._attnres_base,), state
 
 
@@ -127,7 +130,7 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, Owner) for module in model.modules())
 
 
-def owners(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def owners(model: nn.Module) -> list[tuple[str, Owner]]:
     """The owners in a model, with their paths."""
     return [(n, module) for n, module in model.named_modules() if isinstance(module, Owner)]
 
@@ -154,18 +157,39 @@ def become_guard(module: nn.Module) -> None:
     module.__class__ = guard_class(type(module))
 
 
-@functools.cache
+def leave_class(module: nn.Module) -> None:
+    """Takes an owner or guard back to its original class."""
+    assert isinstance(module, Owner | Guard)
+    base: Any = type(module)._attnres_base
+    module.__class__ = base
+
+
 def guard_class(base: type[nn.Module]) -> type[nn.Module]:
-    return _subclass(base, Guard, {})
+    """The subclass of a container that refuses to run on its own."""
+    return _made_once(base, Guard, dict)
 
 
-@functools.cache
 def owner_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` that declares its Attention Residuals and runs converted."""
+    return _made_once(base, Owner, lambda: _converted_methods(base))
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _made_once(
+    base: type[nn.Module], mixin: type[nn.Module], methods: Callable[[], dict[str, Any]]
+) -> type[nn.Module]:
+    if (base, mixin) not in _CLASSES:
+        _CLASSES[base, mixin] = _subclass(base, mixin, methods())
+    return _CLASSES[base, mixin]
+
+
+def _converted_methods(base: type[nn.Module]) -> dict[str, Any]:
     methods = {"forward": _converted_forward(base)}
     for name, function in _own_methods(base).items():
         methods[name] = _watched_method(name, function)
-    return _subclass(base, Owner, methods)
+    return methods
 
 
 def _subclass(base: type[nn.Module], mixin: type, methods: dict[str, Any]) -> type[nn.Module]:

@@ -31,7 +31,6 @@ from attnres_compile.passes.graph_values import (
     ModuleCall,
     dtype_of,
     functions_around,
-    ModuleCall,
     module_calls,
     module_path,
     shape_of,
@@ -184,7 +183,7 @@ def _plan_stream(
     lengths = partition_blocks(layers, config)
     blocks = _grouped(sublayers, lengths)
     return PlannedStream(
-        name=_common_path(paths),
+        name=common_path(paths),
         owner=owner,
         root=_describe_root(stream),
         blocks=blocks,
@@ -203,7 +202,8 @@ def _planned_addition(node: fx.Node, ordinals: dict[fx.Node, int]) -> PlannedAdd
 def _owner_call(stream: ResidualStream, model: nn.Module) -> ModuleCall:
     """The innermost module one call of which holds every addition, and that can hold parameters."""
     calls = [module_calls(addition.node) for addition in stream.additions]
-    shared = [level[0] for level in zip(*calls, strict=False) if len({c.call for c in level}) == 1]
+    levels: list[tuple[ModuleCall, ...]] = list(zip(*calls, strict=False))
+    shared = [level[0] for level in levels if len({c.call for c in level}) == 1]
     for call in reversed(shared):
         if not isinstance(model.get_submodule(call.path), CONTAINERS):
             return call
@@ -303,7 +303,8 @@ def _site_name(readers: Sequence[Reader], owner: str) -> str:
     return "before_" + "".join(c if c.isalnum() else "_" for c in inside)
 
 
-def _common_path(paths: Sequence[str]) -> str:
+def common_path(paths: Sequence[str]) -> str:
+    """The longest path that all the paths go through."""
     split = [path.split(".") for path in paths]
     shared = []
     for level in zip(*split, strict=False):

@@ -64,14 +64,14 @@ def rewrite_dynamo_graph(module: fx.GraphModule, owner: nn.Module | None) -> int
             inner = live_owner(int(key.split("@")[0])) if key.split("@")[0].isdigit() else None
             if inner is not None:
                 annotate_dynamo(module, inner)
-                return lambda node, key=key: key in (node.meta.get("nn_module_stack") or {})
+                return _inside(key)
         if owner is None:
             raise MismatchError(
                 "a marker stands in this graph whose converted module cannot be found; compile "
                 "the converted model itself, or a function that calls it."
             )
         annotate_dynamo(module, owner)
-        return lambda node: True
+        return _inside("")
 
     return _rewrite(module, enter)
 
@@ -84,14 +84,17 @@ def rewrite_export_graph(module: fx.GraphModule) -> int:
         key = next(reversed(stack), "")
         path = stack[key][0].split("@")[0] if key else ""
         annotate_export(module, below=path)
-        return lambda node: not key or key in (node.meta.get("nn_module_stack") or {})
+        return _inside(key)
 
     return _rewrite(module, enter)
 
 
-def _rewrite(
-    module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Node], bool]]
-) -> int:
+def _inside(call: str) -> Callable[[fx.Node], bool]:
+    """Whether a node was traced inside a module call; every node is inside the call ``""``."""
+    return lambda node: not call or call in (node.meta.get("nn_module_stack") or {})
+
+
+def _rewrite(module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Node], bool]]) -> int:
     graph = module.graph
     markers = [node for node in graph.nodes if node.target is torch.ops.attnres.declare.default]
     declared = [_read(node) for node in markers if node.args[1]]

@@ -68,7 +68,7 @@ class Dataflow:
         return [current for current in carried if self.origin(current) is self.origin(node)]
 
     def overwritten_between(self, node: fx.Node, end: fx.Node | None) -> fx.Node | None:
-        """The first node after `node`, before `end`, that writes into the memory `node` lives in."""
+        """The first node between `node` and `end` that writes into the memory of `node`."""
         last = self.order[end] if end is not None else len(self.order)
         writers = self.writers.get(self.memory.get(node, node), [])
         inside = (w for w in writers if self.order[node] < self.order[w] < last)

@@ -271,9 +271,7 @@ def _split_into_chains(view: Dataflow, additions: list[Addition]) -> list[list[A
     return _outer_first(view, chains)
 
 
-def _continuation(
-    view: Dataflow, options: list[Addition], length: dict[fx.Node, int]
-) -> Addition:
+def _continuation(view: Dataflow, options: list[Addition], length: dict[fx.Node, int]) -> Addition:
     if len(options) == 1:
         return options[0]
     last = options[-1]
@@ -437,5 +435,3 @@ def _multiplies_by_statistic(node: fx.Node) -> bool:
 
 def _refusal(addition: Addition, kind: str, reason: str) -> Refusal:
     return Refusal(kind, reason, module_path(addition.node), source_line(addition.node))
-
-

@@ -122,7 +122,9 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
     if name not in PERMUTATIONS or not tensor_arguments(node):
         return None
     rank = len(shape_of(tensor_arguments(node)[0]))
-    labelled = torch.empty(tuple(range(2, 2 + rank)), device="meta")  # each dimension's size is its label
+    labelled = torch.empty(
+        tuple(range(2, 2 + rank)), device="meta"
+    )  # each dimension's size is its label
     moved = getattr(labelled, name)(*node.args[1:], **node.kwargs)
     return tuple(size - 2 for size in moved.shape)
 

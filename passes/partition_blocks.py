@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from attnres_compile.config import AttnResConfig
 
@@ -73,4 +73,4 @@ def _evenly(lengths: list[int], blocks: int) -> tuple[int, ...]:
     """Groups of ``len(lengths) // blocks`` items each; the last takes the remainder."""
     size = len(lengths) // blocks
     starts = [index * size for index in range(blocks)] + [len(lengths)]
-    return tuple(sum(lengths[a:b]) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(sum(lengths[a:b]) for a, b in pairwise(starts))

@@ -1,0 +1,214 @@
+"""Plans and reports as tables, on a terminal through rich and as plain text.
+
+rich is imported inside the functions only, so that importing the package stays cheap.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from attnres_compile.passes.classify_readers import Reader
+from attnres_compile.passes.find_streams import Refusal
+from attnres_compile.plans import ConversionPlan, PlannedStream, place
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from attnres_compile.verification import VerifyReport
+
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_MOST_NAMED = 3  # readers that are named one by one; the rest is counted
+
+
+def to_text(value: ConversionPlan | VerifyReport, width: int = 100) -> str:
+    """A plan or a report as plain text, without colour codes or trailing blanks.
+
+    Args:
+        value: anything of this package that knows how to draw itself.
+        width: columns; readable from 80 on.
+
+    Example:
+        >>> import torchvision, attnres_compile
+        >>> plan = attnres_compile.plan(torchvision.models.vit_b_16())
+        >>> to_text(plan).splitlines()[0]
+        'VisionTransformer: 24 residual additions in 1 stream, 36,864 new parameters'
+    """
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, force_terminal=False)
+    console.print(value.__rich__(), soft_wrap=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def render_plan(plan: ConversionPlan) -> RenderableType:
+    """What a plan converts, at which cost, and what it refuses, as something rich can print."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(_headline(plan)), Text(f"Options: {_options(plan)}")]
+    for stream in plan.streams:
+        parts += [
+            Text(),
+            Text(f"Stream {stream.name}", style="bold"),
+            _facts(_stream_facts(stream, plan)),
+        ]
+    if plan.refusals:
+        parts += [Text(), Text("Not converted", style="bold"), _refusals(plan.refusals)]
+    return Group(*parts)
+
+
+def render_report(report: VerifyReport) -> RenderableType:
+    """The comparisons of a `VerifyReport`: every output, the worst gradients, and the verdict."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("dtype", "compared"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("abs error", "rel error", "allowed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in report.rows():
+        table.add_row(*row)
+    verdict = "PASSED" if report.passed else "FAILED"
+    style = "bold green" if report.passed else "bold red"
+    notes = [Text(f"Note: {note}") for note in report.notes]
+    title = Text(f"{report.model} and its conversion: {verdict}", style=style)
+    return Group(title, table, Text(report.rule), *notes)
+
+
+def _headline(plan: ConversionPlan) -> str:
+    if not plan.streams:
+        return f"{plan.model}: nothing to convert"
+    additions = _count(plan.num_residual_additions, "residual addition")
+    streams = _count(len(plan.streams), "stream")
+    return f"{plan.model}: {additions} in {streams}, {plan.num_parameters:,} new parameters"
+
+
+def _options(plan: ConversionPlan) -> str:
+    given = {name: value for name, value in plan.config.to_json().items() if value is not None}
+    return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> RenderableType:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    for label, text in facts:
+        grid.add_row(f"  {label}", text)
+    return grid
+
+
+def _stream_facts(stream: PlannedStream, plan: ConversionPlan) -> list[tuple[str, str]]:
+    queries = sum(site.query_name is not None for site in stream.sites)
+    kinds = "a query and a key gain" if plan.config.key_gain else "a query"
+    dimension = "last dimension" if stream.channel_dim == -1 else f"dimension {stream.channel_dim}"
+    return [
+        ("owner", stream.owner or "the model itself"),
+        ("root", stream.root),
+        ("depth", _depth(stream)),
+        ("width", f"{stream.width:,} channels in the {dimension}, {stream.dtype}"),
+        ("blocks", _blocks(stream)),
+        ("sites", f"{len(stream.sites)}, {queries} of them with {kinds}"),
+        ("parameters", f"{stream.num_parameters:,} new"),
+        ("inference", f"{_inference_bytes(stream):,} more bytes per token in flight"),
+        ("training", f"{_training_bytes(stream):,} more bytes per token kept for backward"),
+        ("readers", _readers(stream, plan)),
+    ]
+
+
+def _depth(stream: PlannedStream) -> str:
+    additions = _count(len(stream.additions), "residual addition")
+    sublayers = _count(len(stream.sublayers), "sublayer")
+    return f"{additions} in {sublayers} of {_count(stream.num_layers, 'layer')}"
+
+
+def _blocks(stream: PlannedStream) -> str:
+    """``8: 7 x 2 + 10 sublayers = 7 x 1 + 5 layers``."""
+    sublayers = [len(block) for block in stream.blocks]
+    layers = [len({sublayer.layer for sublayer in block}) for block in stream.blocks]
+    text = f"{len(sublayers)}: {_run_lengths(sublayers)} sublayers"
+    if sum(layers) > stream.num_layers:
+        return f"{text}; layers are split between blocks"
+    return f"{text} = {_run_lengths(layers)} layers"
+
+
+def _run_lengths(numbers: Sequence[int]) -> str:
+    """``[2, 2, 2, 5]`` as ``3 x 2 + 5``."""
+    runs = [(len(list(run)), number) for number, run in groupby(numbers)]
+    return " + ".join(str(n) if count == 1 else f"{count} x {n}" for count, n in runs)
+
+
+def _inference_bytes(stream: PlannedStream) -> int:
+    return stream.inference_values_per_token * _DTYPE_BYTES[stream.dtype]
+
+
+def _training_bytes(stream: PlannedStream) -> int:
+    """Sources have the stream's dtype; the two statistics per source that of the arithmetic."""
+    statistics = 2 * sum(site.num_sources for site in stream.sites if site.num_sources > 1)
+    sources = stream.training_values_per_token - statistics
+    size = _DTYPE_BYTES[stream.dtype]
+    return sources * size + statistics * max(size, _DTYPE_BYTES["float32"])
+
+
+def _readers(stream: PlannedStream, plan: ConversionPlan) -> str:
+    readers = [reader for site in stream.sites for reader in site.readers]
+    others = [reader for reader in readers if not reader.scale_invariant]
+    text = _count(len(readers) - len(others), "scale-invariant norm")
+    if not others:
+        return text
+    text += f", {len(others)} other: {_named(others)}"
+    if plan.config.aggregate == "mean":
+        text += (
+            f'. With aggregate="mean" these {len(others)} do not see the same function as before; '
+            'aggregate="sum" is lossless for every reader'
+        )
+    return text
+
+
+def _named(readers: Sequence[Reader]) -> str:
+    """Readers grouped by pattern: ``layers.*.mixer (linear) x 12``."""
+    groups: dict[str, int] = defaultdict(int)
+    for reader in readers:
+        groups[f"{_pattern(reader.module_path)} ({reader.operation})"] += 1
+    names = [name if count == 1 else f"{name} x {count}" for name, count in groups.items()]
+    rest = len(names) - _MOST_NAMED
+    shown = ", ".join(names[:_MOST_NAMED])
+    return f"{shown} and {rest} more kinds" if rest > 0 else shown
+
+
+def _refusals(refusals: Sequence[Refusal]) -> RenderableType:
+    from rich.table import Table
+
+    groups: dict[tuple[str, str], list[Refusal]] = defaultdict(list)
+    for refusal in refusals:
+        groups[refusal.kind, _pattern(refusal.module_path)].append(refusal)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("where", overflow="fold", ratio=2)
+    table.add_column("why", overflow="fold", ratio=3)
+    for (kind, pattern), group in groups.items():
+        where = pattern
+        if len(group) > 1 or group[0].source:
+            where = f"{pattern}\nfirst: {place(group[0])}"
+        table.add_row(str(len(group)), kind, where, group[0].reason)
+    return table
+
+
+def _pattern(module_path: str) -> str:
+    """A module path with its indices replaced: ``layers.*.mlp``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", module_path) or "the model itself"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

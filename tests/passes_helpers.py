@@ -1,0 +1,90 @@
+"""Tiny graphs for the tests of the passes: trace a function or a module, and say what was found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from attnres_compile.capture import annotate_symbolic, capture
+from attnres_compile.passes.find_streams import StreamAnalysis, find_streams
+
+WIDTH = 8
+ROUTES = ("symbolic", "dynamo", "export")
+Body = Callable[..., Any]
+
+
+class Branches(nn.Module):
+    """A model around one function `body(layers, x)` or `body(layers, x, y)`, with some layers."""
+
+    def __init__(self, body: Body, width: int = WIDTH) -> None:
+        super().__init__()
+        self.body = body
+        self.takes_two = len(inspect.signature(body).parameters) == 3
+        self.f = nn.Linear(width, width)
+        self.g = nn.Linear(width, width)
+        self.h = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(width))
+        self.positions = nn.Parameter(torch.randn(4, width))
+        self.memory: Tensor
+        self.register_buffer("memory", torch.zeros(4, width))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        return self.body(self, x, y) if self.takes_two else self.body(self, x)
+
+
+def tokens(*, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 4, WIDTH, dtype=dtype)
+
+
+def images() -> Tensor:
+    return torch.randn(2, WIDTH, 6, 6)
+
+
+def trace(model: nn.Module | Body, *inputs: Any, route: str = "symbolic") -> fx.GraphModule:
+    """The graph of a model or function, with example values and module calls."""
+    inputs = inputs or (tokens(),)
+    if not isinstance(model, nn.Module):
+        model = Branches(model)
+    if route == "dynamo":
+        return capture(model, inputs).module
+    if route == "export":
+        return capture(model, inputs, route="export").module
+    module = fx.symbolic_trace(model)
+    missing = sum(node.op == "placeholder" for node in module.graph.nodes) - len(inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    FakeTensorProp(module, mode).propagate(*inputs, *[None] * missing)
+    annotate_symbolic(module)
+    return module
+
+
+def analyse(body: Body, *inputs: Any, route: str = "symbolic") -> StreamAnalysis:
+    """What `find_streams` finds in a function of (layers, *inputs)."""
+    return find_streams(trace(body, *inputs, route=route).graph)
+
+
+def depths(analysis: StreamAnalysis) -> list[int]:
+    """Residual additions per stream."""
+    return [len(stream.additions) for stream in analysis.streams]
+
+
+def sublayers(analysis: StreamAnalysis) -> list[tuple[int, ...]]:
+    """Residual additions per sublayer, per stream."""
+    return [tuple(map(len, stream.sublayers)) for stream in analysis.streams]
+
+
+def site_depths(analysis: StreamAnalysis) -> list[tuple[int, ...]]:
+    """Depths at which each stream is read."""
+    return [tuple(site.depth for site in stream.sites) for stream in analysis.streams]
+
+
+def refused(analysis: StreamAnalysis) -> list[str]:
+    """The kinds of the refusals."""
+    return [refusal.kind for refusal in analysis.refusals]
