@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from attnres_compile.config import AttnResConfig
-from attnres_compile.errors import ConfigError, InputError, NothingToConvertError
-from attnres_compile.graph_modules import convert_exported, convert_graph_module, mix_layout
+from attnres_compile.errors import ConfigError, InputError
+from attnres_compile.graph_modules import convert_exported, convert_graph_module
 from attnres_compile.huggingface import mark_config, restore_config
 from attnres_compile.layout import OwnerLayout, StreamLayout
 from attnres_compile.module import (
@@ -83,7 +83,7 @@ def convert(
     if plan is None:
         plan = make_plan(model, args, kwargs, config=config)
     check_model(model)
-    check_convertible(plan)
+    plan.require_streams()
     return _carry_out(model, plan, executor)
 
 
@@ -138,14 +138,6 @@ def queries(converted: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
         for name, parameter in owner.attnres.named_parameters():
             if name.endswith(".query"):
                 yield f"{path}.attnres.{name}".lstrip("."), parameter
-
-
-def check_convertible(plan: ConversionPlan) -> None:
-    """Raises when a plan has nothing to convert, with its reasons."""
-    if plan.streams:
-        return
-    why = plan.explain_refusals() or "it has no residual addition x + f(x)"
-    raise NothingToConvertError(f"{plan.model} has no residual stream to convert: {why}.")
 
 
 def _carry_out(model: Model, plan: ConversionPlan, executor: Executor) -> Model:
@@ -273,7 +265,7 @@ def _stream_layout(stream: PlannedStream, config: AttnResConfig, owner: str) -> 
         additions=tuple((_below(a.module_path, owner), a.ordinal) for a in stream.additions),
         sites=tuple(site.state for site in stream.sites if site.query_name is not None),
         gains=config.key_gain,
-        mix=mix_layout(stream, config),
+        mix=stream.mix_layout(config),
     )
 
 

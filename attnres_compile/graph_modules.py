@@ -20,7 +20,7 @@ from attnres_compile.module import AttnResSite
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.identify_additions import identify_additions
-from attnres_compile.passes.rewrite_residuals import MixLayout, rewrite_residuals
+from attnres_compile.passes.rewrite_residuals import rewrite_residuals
 from attnres_compile.planning import plan_of_capture, stream_dtype
 from attnres_compile.plans import ConversionPlan, PlannedStream
 
@@ -98,10 +98,8 @@ def convert_exported(
 def _checked_plan(
     module: fx.GraphModule, model: nn.Module, config: AttnResConfig
 ) -> ConversionPlan:
-    from attnres_compile.conversion import check_convertible
-
     planned = plan_of_capture(Captured(module, "graph"), model, config, owner="")
-    check_convertible(planned)
+    planned.require_streams()
     return planned
 
 
@@ -114,17 +112,7 @@ def _rewrite(
     for stream in planned.streams:
         key = tuple((a.module_path, a.ordinal) for a in stream.additions)
         parameters = _parameters(stream, make, device)
-        rewrite_residuals(graph, by_additions[key], mix_layout(stream, planned.config), parameters)
-
-
-def mix_layout(stream: PlannedStream, config: AttnResConfig) -> MixLayout:
-    """The part of a planned stream that the rewrite needs."""
-    return MixLayout(
-        block_sublayers=tuple(len(block) for block in stream.blocks),
-        sums=config.aggregate == "sum",
-        eps=config.eps,
-        channel_dim=stream.channel_dim,
-    )
+        rewrite_residuals(graph, by_additions[key], stream.mix_layout(planned.config), parameters)
 
 
 def _parameters(

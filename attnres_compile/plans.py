@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnres_compile.config import AttnResConfig
+from attnres_compile.errors import NothingToConvertError
 from attnres_compile.passes.classify_readers import Reader
 from attnres_compile.passes.find_streams import Refusal
+from attnres_compile.passes.rewrite_residuals import MixLayout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,6 +98,15 @@ class PlannedStream:
     def additions(self) -> tuple[PlannedAddition, ...]:
         return tuple(addition for sublayer in self.sublayers for addition in sublayer.additions)
 
+    def mix_layout(self, config: AttnResConfig) -> MixLayout:
+        """The part of the plan that the rewrite of this stream needs."""
+        return MixLayout(
+            block_sublayers=tuple(len(block) for block in self.blocks),
+            sums=config.aggregate == "sum",
+            eps=config.eps,
+            channel_dim=self.channel_dim,
+        )
+
     @property
     def num_layers(self) -> int:
         return len(dict.fromkeys(sublayer.layer for sublayer in self.sublayers))
@@ -151,6 +162,13 @@ class ConversionPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as a dictionary of JSON values."""
         return dataclasses.asdict(self)
+
+    def require_streams(self) -> None:
+        """Raises NothingToConvertError, with its reasons, for a plan without streams."""
+        if self.streams:
+            return
+        why = self.explain_refusals() or "it has no residual addition x + f(x)"
+        raise NothingToConvertError(f"{self.model} has no residual stream to convert: {why}.")
 
     def explain_refusals(self) -> str:
         """One clause per reason: how many additions, why, and where the first one stands."""

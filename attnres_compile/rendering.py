@@ -6,6 +6,7 @@ rich is imported inside the functions only, so that importing the package stays 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from attnres_compile.plans import ConversionPlan, PlannedStream, place
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attnres_compile.comparing import Comparison
     from attnres_compile.verification import VerifyReport
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -64,24 +66,57 @@ def render_plan(plan: ConversionPlan) -> RenderableType:
 
 
 def render_report(report: VerifyReport) -> RenderableType:
-    """The comparisons of a `VerifyReport`: every output, the worst gradients, and the verdict."""
+    """The comparisons of a `VerifyReport`, its verdict, and the rule that it goes by."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("dtype", "compared"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("compared", overflow="fold")
     for heading in ("abs error", "rel error", "allowed"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for row in report.rows():
-        table.add_row(*row)
-    verdict = "PASSED" if report.passed else "FAILED"
-    style = "bold green" if report.passed else "bold red"
-    notes = [Text(f"Note: {note}") for note in report.notes]
-    title = Text(f"{report.model} and its conversion: {verdict}", style=style)
-    return Group(title, table, Text(report.rule), *notes)
+    for label, worst in _report_rows(report.comparisons):
+        errors = [f"{x:.1e}" for x in (worst.absolute, worst.relative, worst.tolerance)]
+        mark = "ok" if worst.passed else "FAILED"
+        table.add_row(worst.dtype, label, *errors, mark, style=None if worst.passed else "red")
+    verdict = "passed" if report.passed else "FAILED"
+    title = f"{report.model}, original against converted: {verdict}"
+    return Group(
+        Text(title, style="bold" if report.passed else "bold red"),
+        table,
+        Text(report.rule),
+        *(Text(f"Note: {note}") for note in report.notes),
+    )
+
+
+def _report_rows(comparisons: Iterable[Comparison]) -> list[tuple[str, Comparison]]:
+    """Labels, each with the worst comparison it stands for.
+
+    Outputs are grouped by pattern (a cache has two tensors per layer); of the gradients there is
+    one row with the worst, or a row for every pattern that failed.
+    """
+    groups: dict[tuple[str, str, str], list[Comparison]] = defaultdict(list)
+    for each in comparisons:
+        pattern = _pattern(each.name) if each.kind == "output" or not each.passed else ""
+        groups[each.dtype, each.kind, pattern].append(each)
+    rows = []
+    for (_, kind, pattern), group in groups.items():
+        worst = max(group, key=_badness)
+        times = f" x {len(group)}" if len(group) > 1 else ""
+        if kind == "output":
+            rows.append((f"{pattern}{times}", worst))
+        elif pattern:
+            rows.append((f"gradient of {pattern}{times}, worst of {worst.name}", worst))
+        else:
+            count = _count(len(group), "gradient")
+            rows.append((f"{count}, worst of {worst.name}", worst))
+    return rows
+
+
+def _badness(comparison: Comparison) -> float:
+    return math.inf if math.isnan(comparison.relative) else comparison.relative
 
 
 def _headline(plan: ConversionPlan) -> str:

@@ -78,14 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         disable_progress_bar()
     torch.manual_seed(SEED)
     console = Console()
-    text, model = load(num_windows=16 if args.quick else 48)
+    text, model = load(num_windows=16 if args.quick else 32)
     args.out.mkdir(parents=True, exist_ok=True)
 
     console.rule("1. What would be converted")
-    show_plan(model, text)
+    plan = attnres_compile.plan(model, (), _example(text))
+    print(plan)
 
     console.rule("2. Convert, and prove that the start is lossless")
-    converted = convert(model, text)
+    converted = convert(model, text, plan)
     show_perplexity(model, converted, text)
     show_verification(model, converted, text)
     show_generation(model, converted, text)
@@ -103,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, help="steps of continued training (120; quick: 8)")
+    parser.add_argument("--steps", type=int, help="steps of continued training (80; quick: 8)")
     parser.add_argument("--out", type=Path, default=Path(".demo"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="every stage, as short as possible")
     args = parser.parse_args(argv)
     if args.steps is None:
-        args.steps = 8 if args.quick else 120
+        args.steps = 8 if args.quick else 80
     if args.steps < 1:
         parser.error("--steps must be positive")
     return args
@@ -129,16 +130,12 @@ def load(*, num_windows: int) -> tuple[Text, nn.Module]:
     return text, model
 
 
-# The calls into the package.
+# The calls into the package that take more than a line.
 
 
-def show_plan(model: nn.Module, text: Text) -> None:
-    print(attnres_compile.plan(model, (), _example(text)))
-
-
-def convert(model: nn.Module, text: Text) -> nn.Module:
-    """A converted model that shares no parameter with ``model``."""
-    return attnres_compile.convert(copy.deepcopy(model), (), _example(text))
+def convert(model: nn.Module, text: Text, plan: attnres_compile.ConversionPlan) -> nn.Module:
+    """A converted model that shares no parameter with ``model``, as it would without the copy."""
+    return attnres_compile.convert(copy.deepcopy(model), (), _example(text), plan=plan)
 
 
 def show_verification(model: nn.Module, converted: nn.Module, text: Text) -> None:

@@ -74,10 +74,12 @@ def decomposition(
         The mix (like ``sources[0]``), and logits and inverse RMS, both [N, *tokens] in the
         arithmetic dtype.
     """
-    coefficients, logits, inverse_rms = _attend(sources, query, gain, eps, count, dim)
-    mixed = sources[0] * coefficients[0]
-    for source, coefficient in zip(sources[1:], coefficients[1:], strict=True):
-        mixed = mixed + source * coefficient
+    # Cast once, so that the gradients of both uses of a value are added before they are rounded.
+    values = [source.to(arithmetic_dtype(source.dtype)) for source in sources]
+    coefficients, logits, inverse_rms = _attend(values, query, gain, eps, count, dim)
+    mixed = values[0] * coefficients[0]
+    for value, coefficient in zip(values[1:], coefficients[1:], strict=True):
+        mixed = mixed + value * coefficient
     return mixed.to(sources[0].dtype), logits, inverse_rms
 
 

@@ -17,6 +17,7 @@ from mix_cases import MixCase, assert_case_matches, make_case
 from tolerances import assert_matches
 
 MIX = torch.ops.attnres.mix.default
+MIX_BACKWARD = torch.ops.attnres.mix_backward.default
 
 
 class Site(torch.nn.Module):
@@ -56,6 +57,12 @@ def test_opcheck(case: MixCase, dtype: torch.dtype) -> None:
     torch.library.opcheck(MIX, (sources, case.query, case.gain, 1e-6, True, case.dim))
     sources[0].requires_grad_(False)
     torch.library.opcheck(MIX, (sources, case.query, case.gain, 1e-6, False, case.dim))
+    with torch.no_grad():
+        mixed, *statistics = MIX(sources, case.query, case.gain, 1e-6, True, case.dim)
+        weight = case.query.detach().to(statistics[0].dtype)
+        for wanted, wants_weight in [([*range(len(sources))], True), ([0], False)]:
+            arguments = (mixed, sources, weight, *statistics, True, case.dim, wanted, wants_weight)
+            torch.library.opcheck(MIX_BACKWARD, arguments)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
