@@ -80,7 +80,9 @@ def _capture_by_dynamo(
     prepare_for_tracing(model)
     try:
         with tracing():
-            torch.compile(call, backend=stop_here, fullgraph=True)(*args, **kwargs)
+            # Static sizes, or a plan would depend on what was planned before it.
+            compiled = torch.compile(call, backend=stop_here, fullgraph=True, dynamic=False)
+            compiled(*args, **kwargs)
     except Exception as error:
         if not captured:
             raise capture_error(type(model).__name__, error) from error

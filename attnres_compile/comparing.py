@@ -14,9 +14,6 @@ from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.reference import arithmetic_dtype
 
-GRADIENT_FLOOR = 1e-3
-"""Errors of gradients are relative to at least this part of the model's largest gradient."""
-
 _SEED = 0
 
 Args = tuple[Any, ...]
@@ -33,8 +30,8 @@ class Comparison:
         name: of the output (``logits``) or the parameter.
         absolute: the largest difference; nan if the tensor holds nan, inf if there is no
             counterpart of the same shape and dtype.
-        relative: the same over the largest magnitude expected; for a gradient over at least 0.001
-            of the model's largest, since some gradients are zero in exact arithmetic.
+        relative: the same over the largest magnitude expected, for a gradient over at least
+            `gradient_floor` of the model's largest.
         tolerance: how large `relative` may be.
     """
 
@@ -128,17 +125,25 @@ def compare(expected: Run, actual: Run, dtype: torch.dtype, allowed: float) -> l
         error, largest = _difference(expected.outputs.get(output), actual.outputs.get(output))
         relative = _ratio(error, largest)
         comparisons.append(Comparison(name, "output", output, error, relative, allowed))
-    largest_of_all = max(
-        (_largest(g) for g in expected.gradients.values() if g is not None), default=0
-    )
+    magnitudes = [_largest(grad) for grad in expected.gradients.values() if grad is not None]
+    floor = gradient_floor(dtype) * max(magnitudes, default=0.0)
     for parameter, grad in expected.gradients.items():
         other = actual.gradients.get(parameter)
         if grad is None and other is None:
             continue
         error, largest = _difference(_or_zero(grad, other), _or_zero(other, grad))
-        relative = _ratio(error, max(largest, GRADIENT_FLOOR * largest_of_all))
+        relative = _ratio(error, max(largest, floor))
         comparisons.append(Comparison(name, "gradient", parameter, error, relative, allowed))
     return comparisons
+
+
+def gradient_floor(dtype: torch.dtype) -> float:
+    """The part of the model's largest gradient that errors of gradients are relative to, at least.
+
+    Some gradients are zero in exact arithmetic, like that of a key's bias, and consist of rounding
+    errors of much larger terms: 1e-3, or ``sqrt(eps)`` where that is larger.
+    """
+    return max(1e-3, math.sqrt(torch.finfo(dtype).eps))
 
 
 def _or_zero(tensor: Tensor | None, like: Tensor | None) -> Tensor | None:

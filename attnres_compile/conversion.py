@@ -28,9 +28,10 @@ from attnres_compile.module import (
     leave_class,
     owners,
 )
-from attnres_compile.planning import check_model, common_path, stream_dtype
+from attnres_compile.planning import check_model
 from attnres_compile.planning import plan as make_plan
 from attnres_compile.plans import ConversionPlan, PlannedStream
+from attnres_compile.stream_plans import common_path, stream_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 Executor = Literal["eager", "attnres"]

@@ -8,6 +8,7 @@ code object.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from attnres_compile.rewriting import rewrite_dynamo_graph
 _COMPILED: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = (
     weakref.WeakKeyDictionary()
 )
+_NUMBER = itertools.count()
 
 
 def run_converted(owner: Owner, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,8 +129,11 @@ def _compile(owner: Owner, method: str) -> Callable[..., Any]:
             return lower(module, inputs)
         return outline_checkpoints(module).forward
 
+    # By this name Dynamo remembers sizes that changed: with a name in common, the second of two
+    # owners of one class would start with symbolic sizes, and a Swin stage take a minute to trace.
+    name = f"attnres_{base.__name__}_{method}_{next(_NUMBER)}"
     own = types.FunctionType(
-        body.__code__.replace(co_name=f"attnres_{base.__name__}_{method}"),
+        body.__code__.replace(co_name=name),
         body.__globals__,
         closure=body.__closure__,
     )

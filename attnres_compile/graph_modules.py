@@ -21,8 +21,9 @@ from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
-from attnres_compile.planning import plan_of_capture, stream_dtype
+from attnres_compile.planning import plan_of_capture
 from attnres_compile.plans import ConversionPlan, PlannedStream
+from attnres_compile.stream_plans import stream_dtype
 
 MakeParameter = Callable[[str, torch.Tensor], fx.Node]
 

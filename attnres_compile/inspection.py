@@ -285,10 +285,11 @@ def _draw_panel(
 ) -> None:
     means = attention.mean()
     columns = _columns(attention, names)
-    cells = torch.full((len(names), len(columns)), math.nan)  # a source that a site lacks is blank
+    cells = torch.full((len(names), len(columns)), math.nan)  # nan: not a source there
     for row, name in enumerate(names):
         places = [columns.index(label) for label in attention.sources[name]]
         cells[row, places] = means[name].float().cpu()
+    axis.set_facecolor("lightgrey")
     axis.imshow(cells.numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     axis.set_title(stream, fontsize=9)
     axis.set_ylabel("read by", fontsize=8)

@@ -146,17 +146,19 @@ def _facts(facts: Iterable[tuple[str, str]]) -> RenderableType:
 def _stream_facts(stream: PlannedStream, plan: ConversionPlan) -> list[tuple[str, str]]:
     queries = sum(site.query_name is not None for site in stream.sites)
     kinds = "a query and a key gain" if plan.config.key_gain else "a query"
-    dimension = "last dimension" if stream.channel_dim == -1 else f"dimension {stream.channel_dim}"
+    dimension = (
+        "the last dimension" if stream.channel_dim == -1 else f"dimension {stream.channel_dim}"
+    )
     return [
         ("owner", stream.owner or "the model itself"),
         ("root", stream.root),
         ("depth", _depth(stream)),
-        ("width", f"{stream.width:,} channels in the {dimension}, {stream.dtype}"),
+        ("width", f"{stream.width:,} channels in {dimension}, {stream.dtype}"),
         ("blocks", _blocks(stream)),
         ("sites", f"{len(stream.sites)}, {queries} of them with {kinds}"),
-        ("parameters", f"{stream.num_parameters:,} new"),
-        ("inference", f"{_inference_bytes(stream):,} more bytes per token in flight"),
-        ("training", f"{_training_bytes(stream):,} more bytes per token kept for backward"),
+        ("new parameters", f"{stream.num_parameters:,}"),
+        ("inference memory", f"{_inference_bytes(stream):,} more bytes per token in flight"),
+        ("training memory", f"{_training_bytes(stream):,} more bytes per token kept for backward"),
         ("readers", _readers(stream, plan)),
     ]
 
@@ -214,7 +216,8 @@ def _named(readers: Sequence[Reader]) -> str:
     """Readers grouped by pattern: ``layers.*.mixer (linear) x 12``."""
     groups: dict[str, int] = defaultdict(int)
     for reader in readers:
-        groups[f"{_pattern(reader.module_path)} ({reader.operation})"] += 1
+        name = f"{_pattern(reader.module_path)} ({reader.operation})"
+        groups["the model's output" if reader.operation == "output" else name] += 1
     names = [name if count == 1 else f"{name} x {count}" for name, count in groups.items()]
     rest = len(names) - _MOST_NAMED
     shown = ", ".join(names[:_MOST_NAMED])
@@ -222,22 +225,23 @@ def _named(readers: Sequence[Reader]) -> str:
 
 
 def _refusals(refusals: Sequence[Refusal]) -> RenderableType:
+    """Per reason: how many additions, in which modules, and where the first of each stands."""
     from rich.table import Table
 
-    groups: dict[tuple[str, str], list[Refusal]] = defaultdict(list)
+    reasons: dict[str, dict[str, list[Refusal]]] = defaultdict(lambda: defaultdict(list))
     for refusal in refusals:
-        groups[refusal.kind, _pattern(refusal.module_path)].append(refusal)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("count", justify="right", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("where", overflow="fold", ratio=2)
-    table.add_column("why", overflow="fold", ratio=3)
-    for (kind, pattern), group in groups.items():
-        where = pattern
-        if len(group) > 1 or group[0].source:
-            where = f"{pattern}\nfirst: {place(group[0])}"
-        table.add_row(str(len(group)), kind, where, group[0].reason)
-    return table
+        named = refusal.reason.startswith(refusal.kind)
+        reason = refusal.reason if named else f"{refusal.kind}: {refusal.reason}"
+        reasons[reason][_pattern(refusal.module_path)].append(refusal)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for reason, patterns in reasons.items():
+        grid.add_row(f"  {sum(map(len, patterns.values()))}", reason)
+        for pattern, group in patterns.items():
+            times = f"{len(group)} x {pattern}, first: " if len(group) > 1 else ""
+            grid.add_row("", f"- {times}{place(group[0])}")
+    return grid
 
 
 def _pattern(module_path: str) -> str:

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attnres_compile.comparing import (
-    GRADIENT_FLOOR,
     Args,
     Comparison,
     Kwargs,
@@ -61,9 +60,10 @@ class VerifyReport:
     def rule(self) -> str:
         """How errors are measured and what is allowed, in words."""
         return (
-            "Errors are relative to the largest magnitude expected, those of gradients to at least "
-            f"{GRADIENT_FLOOR} of the model's largest gradient. Allowed: {_ROUNDINGS} eps "
-            f"sqrt({self.num_sites} sites), and at least 1e-05 in float32 and 1e-10 in float64."
+            "Errors are relative to the largest magnitude expected; those of gradients to at least "
+            "0.001, or sqrt(eps), of the model's largest gradient. Allowed: "
+            f"{_ROUNDINGS} eps sqrt({self.num_sites} sites), and at least 1e-05 in float32 and "
+            "1e-10 in float64."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -266,7 +266,8 @@ def _compare_in_float64(
 
 def _carrier_dtype(model: nn.Module, args: Args, kwargs: Kwargs) -> torch.dtype:
     """The coarsest dtype of a residual stream of the model in float64."""
-    from attnres_compile.planning import plan, stream_dtype
+    from attnres_compile.planning import plan
+    from attnres_compile.stream_plans import stream_dtype
 
     try:
         streams = plan(_in_float64(model), args, kwargs).streams

@@ -139,7 +139,10 @@ def convert(model: nn.Module, text: Text, plan: attnres_compile.ConversionPlan) 
 
 
 def show_verification(model: nn.Module, converted: nn.Module, text: Text) -> None:
-    print(attnres_compile.verify(model, converted, (), _example(text, with_labels=True)))
+    report = attnres_compile.verify(model, converted, (), _example(text, with_labels=True))
+    print(report)
+    if not report.passed:
+        raise SystemExit("Not lossless: the report above says which output or gradient differs.")
 
 
 def query_groups(converted: nn.Module) -> list[dict[str, object]]:

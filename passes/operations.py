@@ -25,7 +25,7 @@ COPIES = frozenset("contiguous clone alias lift_fresh_copy identity".split())
 RESHAPES = frozenset(
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as".split()
 )
-PERMUTATIONS = frozenset("transpose permute movedim swapaxes swapdims t".split())
+PERMUTATIONS = frozenset("transpose permute movedim swapaxes swapdims t T mT".split())
 SLICES = frozenset(
     "getitem select slice narrow chunk split split_with_sizes unbind tensor_split expand expand_as"
     " broadcast_to".split()
@@ -36,7 +36,7 @@ DROPOUTS = frozenset(
 )
 FACTORIES = frozenset(
     "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones"
-    " new_empty new_full new_tensor size sym_size stride shape numel dim getattr device dtype"
+    " new_empty new_full new_tensor size sym_size stride shape numel dim ndim device dtype"
     " bernoulli".split()
 )
 """Operators whose result does not carry the values of their tensor argument."""
@@ -66,9 +66,16 @@ _POINTWISE_EXTRA = (
     | PERMUTATIONS
     | SLICES
     | DROPOUTS
-    | {"detach", "drop_path", "stochastic_depth", "glu", "where", "square", "prelu", "type"}
+    | {"detach", "drop_path", "stochastic_depth", "glu", "where", "square", "prelu", "real", "imag"}
 )
-_OPERATOR_NAMES = {"truediv": "div", "and_": "bitwise_and", "or_": "bitwise_or", "concat": "cat"}
+_OPERATOR_NAMES = {
+    "truediv": "div",
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "concat": "cat",
+    "numpy_T": "T",
+    "_get_data_attr": "detach",
+}
 _POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Identity,
     nn.modules.dropout._DropoutNd,
@@ -83,6 +90,8 @@ def operation(node: fx.Node) -> str:
         return _module_operation(_called_module(node))
     if node.op not in ("call_function", "call_method"):
         return node.op
+    if node.target is getattr:
+        return _canonical_name(str(node.args[1]))
     return _canonical_name(_raw_name(node.target))
 
 
@@ -122,10 +131,11 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
     if name not in PERMUTATIONS or not tensor_arguments(node):
         return None
     rank = len(shape_of(tensor_arguments(node)[0]))
-    labelled = torch.empty(
-        tuple(range(2, 2 + rank)), device="meta"
-    )  # each dimension's size is its label
-    moved = getattr(labelled, name)(*node.args[1:], **node.kwargs)
+    # The size of each dimension is its label.
+    labelled = torch.empty(tuple(range(2, 2 + rank)), device="meta")
+    moved = getattr(labelled, name)
+    if callable(moved):  # not .T and .mT
+        moved = moved(*node.args[1:], **node.kwargs)
     return tuple(size - 2 for size in moved.shape)
 
 

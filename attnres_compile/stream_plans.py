@@ -1,0 +1,205 @@
+"""Plan one stream: owner, identities of the additions, blocks, and names of the sites."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from attnres_compile.config import AttnResConfig
+from attnres_compile.passes.classify_readers import Reader, classify_readers
+from attnres_compile.passes.find_streams import Refusal, ResidualStream
+from attnres_compile.passes.graph_values import (
+    ModuleCall,
+    dtype_of,
+    functions_around,
+    module_calls,
+    module_path,
+    shape_of,
+    source_line,
+    value_of,
+)
+from attnres_compile.passes.identify_additions import identify_additions
+from attnres_compile.passes.partition_blocks import layers_of, partition_blocks
+from attnres_compile.plans import PlannedAddition, PlannedStream, Site, Sublayer
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules that people index and iterate over: an extra child would become one of their layers."""
+
+
+def unusable(stream: ResidualStream, channel: int | None) -> Refusal | None:
+    first = stream.additions[0].node
+    where = (module_path(first), source_line(first))
+    if channel is None:
+        return Refusal(
+            "channel-dimension",
+            "it cannot be told which dimension of the stream is the channel: its readers and "
+            "branches disagree",
+            *where,
+        )
+    width = value_of(first).shape[channel]
+    if not isinstance(width, int):
+        return Refusal(
+            "dynamic-width", "the channel dimension of the stream has no fixed size", *where
+        )
+    widths = {shape_of(state.node)[channel] for state in stream.states}
+    if len(widths) > 1:
+        return Refusal("reshaped-channel", "the channel dimension is reshaped on the way", *where)
+    if len({value_of(state.node).device for state in stream.states}) > 1:
+        return Refusal("mixed-devices", "the stream moves between devices", *where)
+    return None
+
+
+def plan_stream(
+    stream: ResidualStream,
+    channel: int,
+    owner: str,
+    ordinals: dict[fx.Node, int],
+    config: AttnResConfig,
+) -> PlannedStream:
+    paths = [module_path(addition.node) for addition in stream.additions]
+    layers = layers_of([module_path(sublayer[0].node) for sublayer in stream.sublayers])
+    sublayers = [
+        Sublayer(tuple(_planned_addition(a.node, ordinals) for a in sublayer), layer)
+        for sublayer, layer in zip(stream.sublayers, layers, strict=True)
+    ]
+    lengths = partition_blocks(layers, config)
+    blocks = _grouped(sublayers, lengths)
+    return PlannedStream(
+        name=common_path(paths),
+        owner=owner,
+        root=_describe_root(stream),
+        blocks=blocks,
+        sites=_sites(stream, lengths, owner, config),
+        width=shape_of(stream.states[1].node)[channel],
+        channel_dim=channel,
+        dtype=str(dtype_of(stream.states[-1].node)).removeprefix("torch."),
+        methods=tuple(sorted({f for a in stream.additions for f in functions_around(a.node)})),
+    )
+
+
+def _planned_addition(node: fx.Node, ordinals: dict[fx.Node, int]) -> PlannedAddition:
+    return PlannedAddition(module_path(node), ordinals[node], source_line(node))
+
+
+def owner_call(stream: ResidualStream, model: nn.Module) -> ModuleCall:
+    """The innermost module one call of which holds every addition, and that can hold parameters."""
+    calls = [module_calls(addition.node) for addition in stream.additions]
+    levels: list[tuple[ModuleCall, ...]] = list(zip(*calls, strict=False))
+    shared = [level[0] for level in levels if len({c.call for c in level}) == 1]
+    for call in reversed(shared):
+        if not isinstance(model.get_submodule(call.path), CONTAINERS):
+            return call
+    return ModuleCall("", "")
+
+
+def ordinals_by_owner_call(
+    streams: Sequence[ResidualStream], owners: dict[int, ModuleCall]
+) -> dict[fx.Node, int]:
+    """Ordinals of all additions, counted within each call of each stream's owner."""
+    ordinals: dict[fx.Node, int] = {}
+    for stream in streams:
+        owner = owners[id(stream)]
+        inside = [s for s in streams if all(_is_inside(a.node, owner) for a in s.additions)]
+        identities = identify_additions(inside)
+        ordinals.update({a.node: identities[a.node][1] for a in stream.additions})
+    return ordinals
+
+
+def _is_inside(node: fx.Node, owner: ModuleCall) -> bool:
+    return not owner.call or any(call.call == owner.call for call in module_calls(node))
+
+
+def _grouped(
+    sublayers: Sequence[Sublayer], lengths: Sequence[int]
+) -> tuple[tuple[Sublayer, ...], ...]:
+    blocks, start = [], 0
+    for length in lengths:
+        blocks.append(tuple(sublayers[start : start + length]))
+        start += length
+    return tuple(blocks)
+
+
+def _describe_root(stream: ResidualStream) -> str:
+    node = stream.states[0].node
+    return module_path(node) or node.name
+
+
+def _sites(
+    stream: ResidualStream, lengths: Sequence[int], owner: str, config: AttnResConfig
+) -> tuple[Site, ...]:
+    names: Counter[str] = Counter()
+    sites = []
+    for position, sources in num_sources(stream, lengths).items():
+        state = stream.states[position]
+        readers = classify_readers(state)
+        name = _site_name(readers, owner)
+        names[name] += 1
+        if names[name] > 1:
+            name = f"{name}_{names[name]}"
+        prefix = f"{owner}.attnres.{name}" if owner else f"attnres.{name}"
+        has_query = sources > 1
+        sites.append(
+            Site(
+                name=name,
+                depth=state.depth,
+                state=position,
+                num_sources=sources,
+                module_path=readers[0].module_path,
+                readers=readers,
+                query_name=f"{prefix}.query" if has_query else None,
+                gain_name=f"{prefix}.gain" if has_query and config.key_gain else None,
+            )
+        )
+    return tuple(sites)
+
+
+def num_sources(stream: ResidualStream, lengths: Sequence[int]) -> dict[int, int]:
+    """How many sources each site has, by its position among the states."""
+    ends = {sum(lengths[: index + 1]) for index in range(len(lengths))}
+    counts: dict[int, int] = {}
+    completed = sublayers = 0
+    additions_open = partial_open = False
+    for position, state in enumerate(stream.states):
+        if state.addition is not None:
+            partial_open = True
+            additions_open = additions_open or state.addition.is_residual
+        if not state.reads:
+            continue
+        if additions_open:
+            sublayers += 1
+            additions_open = False
+            if sublayers in ends:
+                completed += 1
+                partial_open = False
+        counts[position] = 1 + completed + int(partial_open)
+    return counts
+
+
+def _site_name(readers: Sequence[Reader], owner: str) -> str:
+    """``before_layers_3_mlp_norm``: the first reader, by its path below the owner."""
+    first = readers[0]
+    path = first.module_path
+    inside = path.removeprefix(owner).strip(".") if owner else path
+    if not inside:
+        inside = first.operation
+    return "before_" + "".join(c if c.isalnum() else "_" for c in inside)
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """The longest path that all the paths go through."""
+    split = [path.split(".") for path in paths]
+    shared = []
+    for level in zip(*split, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def stream_dtype(stream: PlannedStream) -> torch.dtype:
+    dtype = getattr(torch, stream.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
