@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -66,14 +66,15 @@ def lower(
 
     recompute_tags(module.graph)
     try:
-        compiled: Callable[..., Any] = compile_fx(module, inputs, config_patches=patches)
+        compiled: Any = compile_fx(module, inputs, config_patches=patches)
     except torch._inductor.exc.InvalidCxxCompiler as error:
         raise BackendError(
             "Inductor needs a C++ compiler for the CPU and found none; install one (g++ or "
             "clang), or run the converted model with executor='eager'."
         ) from error
-    return compiled
+    return cast("Callable[..., Any]", compiled)
 
 
 def _has_mixes(module: fx.GraphModule) -> bool:
-    return any(node.target is torch.ops.attnres.mix.default for node in module.graph.nodes)
+    mixes = (torch.ops.attnres.mix, torch.ops.attnres.mix.default)
+    return any(node.target in mixes for node in module.graph.nodes)

@@ -22,12 +22,11 @@ from attnres_compile.module import (
     AttnResSite,
     Guard,
     Owner,
-    become_guard,
-    become_owner,
     is_converted,
     leave_class,
     owners,
 )
+from attnres_compile.owner_classes import become_guard, become_owner
 from attnres_compile.planning import check_model
 from attnres_compile.planning import plan as make_plan
 from attnres_compile.plans import ConversionPlan, PlannedStream

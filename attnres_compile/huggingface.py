@@ -18,8 +18,9 @@ from torch import nn
 from attnres_compile.module import owners
 
 SAVED_MODEL_TYPE = "attnres_compile"
-KEPT = "attnres_replaced"
-"""Key of a saved config under which the values lie that the mark has replaced."""
+KEPT = "attnres_kept_{}"
+"""Keys of a saved config under which the values lie that the mark has replaced. Not a dictionary:
+transformers takes any dictionary with the right "model_type" within a config for the config."""
 
 REFUSAL = "this checkpoint has Attention Residuals: load it with attnres_compile"
 """Stands where the dtype belongs. Auto classes refuse the model type; explicit classes would only
@@ -28,10 +29,11 @@ warn of it, but every one looks its dtype up by name, fails, and shows this sent
 
 def mark_config(model: nn.Module) -> None:
     """Gives a converted transformers model a config whose saved form stock loaders refuse."""
+    twins: dict[int, Any] = {}  # one for each config, as several modules hold the same
     for module in _copied_modules(model):
         config = vars(module).get("config")
-        if hasattr(config, "to_json_string") and not isinstance(config, _Marked):
-            module.__dict__["config"] = _marked_twin(config)
+        if hasattr(config, "to_json_string"):
+            module.__dict__["config"] = twins.setdefault(id(config), _marked_twin(config))
 
 
 def restore_config(model: nn.Module) -> None:
@@ -91,8 +93,9 @@ def _marked_class(base: type) -> type:
 def _refused(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved config, and every model's config within it, with the mark."""
     marked = {k: _refused(v) if _is_config(v) else v for k, v in saved.items()}
-    marked[KEPT] = {key: saved[key] for key in ("model_type", "dtype") if key in saved}
-    return {**marked, "model_type": SAVED_MODEL_TYPE, "dtype": REFUSAL}
+    mark = {"model_type": SAVED_MODEL_TYPE, "dtype": REFUSAL}
+    kept = {KEPT.format(key): saved[key] for key in mark if key in saved}
+    return {**marked, **kept, **mark}
 
 
 def _is_config(value: Any) -> bool:

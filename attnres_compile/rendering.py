@@ -205,8 +205,9 @@ def _readers(stream: PlannedStream, plan: ConversionPlan) -> str:
         return text
     text += f", {len(others)} other: {_named(others)}"
     if plan.config.aggregate == "mean":
+        do = "this 1 does" if len(others) == 1 else f"these {len(others)} do"
         text += (
-            f'. With aggregate="mean" these {len(others)} do not see the same function as before; '
+            f'. With aggregate="mean" {do} not see the same function as before; '
             'aggregate="sum" is lossless for every reader'
         )
     return text

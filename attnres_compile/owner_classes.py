@@ -1,0 +1,121 @@
+"""The generated subclasses: an owner's forward declares its parameters and runs converted.
+
+Classes are made once per original class and keep its names. Copies and pickles of an instance name
+the original class and make the subclass anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnres_compile.execution import run_converted, run_method
+from attnres_compile.module import AttnRes, Guard, Owner, declare, register_owner
+
+
+def rebuild_owner(base: type[nn.Module]) -> nn.Module:
+    """An empty instance of the owner class of `base`; its state is set by copy or pickle."""
+    owner = nn.Module.__new__(owner_class(base))
+    register_owner(owner)
+    return owner
+
+
+def rebuild_guard(base: type[nn.Module]) -> nn.Module:
+    """An empty instance of the guard class of `base`."""
+    return nn.Module.__new__(guard_class(base))
+
+
+def become_owner(module: nn.Module, attnres: AttnRes) -> None:
+    """Turns a (copied) module into an owner."""
+    module.__class__ = owner_class(type(module))
+    register_owner(module)
+    module.add_module("attnres", attnres)
+
+
+def become_guard(module: nn.Module) -> None:
+    """Turns a (copied) container into a guard."""
+    module.__class__ = guard_class(type(module))
+
+
+def guard_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a container that refuses to run on its own."""
+    return _made_once(base, Guard, dict)
+
+
+def owner_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` that declares its Attention Residuals and runs converted."""
+    return _made_once(base, Owner, lambda: _converted_methods(base))
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _made_once(
+    base: type[nn.Module], mixin: type[nn.Module], methods: Callable[[], dict[str, Any]]
+) -> type[nn.Module]:
+    if (base, mixin) not in _CLASSES:
+        _CLASSES[base, mixin] = _subclass(base, mixin, methods())
+    return _CLASSES[base, mixin]
+
+
+def _converted_methods(base: type[nn.Module]) -> dict[str, Any]:
+    methods = {"forward": _converted_forward(base)}
+    for name, function in _own_methods(base).items():
+        methods[name] = _watched_method(name, function)
+    return methods
+
+
+def _subclass(base: type[nn.Module], mixin: type, methods: dict[str, Any]) -> type[nn.Module]:
+    names = {
+        # transformers keys its output capturing on the class's names
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_attnres_base": base,
+        "__reduce_ex__": _reduce_with(rebuild_owner if mixin is Owner else rebuild_guard),
+    }
+    made: type[nn.Module] = type(base.__name__, (mixin, base), {**names, **methods})
+    return made
+
+
+def _reduce_with(rebuild: Callable[[type[nn.Module]], nn.Module]) -> Callable[..., Any]:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        return rebuild, (type(self)._attnres_base,), self.__getstate__()
+
+    return __reduce_ex__
+
+
+def _own_methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """Methods that could run the layers on a way of their own: those of classes with a forward."""
+    found: dict[str, Callable[..., Any]] = {}
+    for cls in reversed(base.__mro__):
+        if not issubclass(cls, nn.Module) or cls is nn.Module or "forward" not in vars(cls):
+            continue
+        found.update({n: f for n, f in vars(cls).items() if inspect.isfunction(f)})
+    return {n: f for n, f in found.items() if n != "forward" and not n.startswith("__")}
+
+
+def _converted_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            declare(self.attnres.declared(), self.attnres.encoded_layout)
+            return base.forward(self, *args, **kwargs)
+        return run_converted(self, "forward", args, kwargs)
+
+    return forward
+
+
+def _watched_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(self, *args, **kwargs)
+        return run_method(self, name, function, args, kwargs)
+
+    return method
