@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from attnres_compile.errors import CaptureError
+from attnres_compile.huggingface import recording_outputs
 from attnres_compile.passes.graph_values import MODULE_CALLS, ModuleCall
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 
@@ -77,9 +78,8 @@ def _capture_by_dynamo(
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    prepare_for_tracing(model)
     try:
-        with tracing():
+        with tracing(model, kwargs):
             # Static sizes, or a plan would depend on what was planned before it.
             compiled = torch.compile(call, backend=stop_here, fullgraph=True, dynamic=False)
             compiled(*args, **kwargs)
@@ -100,7 +100,7 @@ def _capture_by_export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> fx.GraphModule:
     try:
-        with tracing():
+        with tracing(model, kwargs):
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise capture_error(type(model).__name__, error) from error
@@ -110,21 +110,26 @@ def _capture_by_export(
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
+def tracing(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Settings under which models trace whole, around a capture and around every later call.
 
     Loggers are ignored (transformers' ``warning_once`` breaks a graph), and the fused
     ``nn.TransformerEncoderLayer`` path is off: it hides the residual additions in one operator.
+    Hooks are guarded, since one that is registered after the first call has to run too.
     """
     methods = [getattr(logging.Logger, name, None) for name in _LOGGER_METHODS]
     ignored = {method for method in methods if method is not None}
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch._dynamo.config.patch(
-            ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | ignored,
-            optimize_ddp=False,
-            recompile_limit=max(torch._dynamo.config.recompile_limit, 64),
+        with (
+            recording_outputs(model, kwargs),
+            torch._dynamo.config.patch(
+                ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | ignored,
+                optimize_ddp=False,
+                recompile_limit=max(torch._dynamo.config.recompile_limit, 64),
+                skip_nnmodule_hook_guards=False,
+            ),
         ):
             yield
     finally:
@@ -132,17 +137,6 @@ def tracing() -> Iterator[None]:
 
 
 _LOGGER_METHODS = ("debug", "info", "warning", "warning_once", "info_once", "error", "exception")
-
-
-def prepare_for_tracing(model: nn.Module) -> None:
-    """Lets a model do first-call work that cannot be traced: transformers' output capturing."""
-    for module in model.modules():
-        if not type(module).__module__.startswith("transformers."):
-            continue
-        from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
-        if hasattr(module, "_can_record_outputs") and hasattr(module, "config"):
-            maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
 
 
 def annotate_dynamo(module: fx.GraphModule, root: nn.Module) -> None:

@@ -70,7 +70,7 @@ def run(model: nn.Module, args: Args, kwargs: Kwargs) -> Run:
         outputs = dict(named_tensors(model(*args, **kwargs)))
         loss = _projection(list(outputs.values()))
         if loss is not None:
-            loss.backward()
+            torch.autograd.backward(loss)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return Run(
         outputs={name: output.detach() for name, output in outputs.items()},
@@ -105,7 +105,7 @@ def named_tensors(
     if isinstance(value, Mapping):
         children = list(value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        children = list(value._asdict().items())
+        children = list(zip(value._fields, value, strict=True))
     elif isinstance(value, tuple | list):
         children = list(enumerate(value))
     else:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
-from attnres_compile.capture import capture_error, prepare_for_tracing, tracing
+from attnres_compile.capture import capture_error, tracing
 from attnres_compile.errors import AttnResError, UnconvertedPathError
 from attnres_compile.module import UNCONVERTED, Owner, declare
 from attnres_compile.passes.outline_checkpoints import outline_checkpoints
@@ -37,7 +37,7 @@ def run_converted(owner: Owner, method: str, args: tuple[Any, ...], kwargs: dict
         CaptureError: it cannot be captured whole.
         UnconvertedPathError: compilation is switched off around it.
     """
-    with tracing(), _unwatched():
+    with tracing(owner, kwargs), _unwatched():
         try:
             return _compiled(owner, method)(owner, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -106,7 +106,6 @@ def _unwatched() -> Iterator[None]:
 def _compiled(owner: Owner, method: str) -> Callable[..., Any]:
     functions = _COMPILED.setdefault(owner, {})
     if method not in functions:
-        prepare_for_tracing(owner)
         functions[method] = _compile(owner, method)
     return functions[method]
 

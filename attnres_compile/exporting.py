@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnres_compile.capture import capture_error, prepare_for_tracing, tracing
+from attnres_compile.capture import capture_error, tracing
 from attnres_compile.errors import InputError
 from attnres_compile.inputs import infer_inputs
 from attnres_compile.kernels import ops as kernel_ops
@@ -52,15 +52,16 @@ def export(
         raise InputError(f"{type(converted).__name__} was not converted; use torch.export itself.")
     if not args and not kwargs:
         args, kwargs = infer_inputs(converted)
-    prepare_for_tracing(converted)
     try:
-        with tracing():
+        with tracing(converted, kwargs or {}):
             program: torch.export.ExportedProgram = torch.export.export(
                 converted, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
     except Exception as error:
         raise capture_error(type(converted).__name__, error) from error
-    rewrite_export_graph(program.graph_module)
+    # A state that the program returns is named in its signature.
+    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        rewrite_export_graph(program.graph_module)
     program.validate()  # type: ignore[no-untyped-call]
     if decompose:
         table = torch.export.default_decompositions()

@@ -88,7 +88,9 @@ def convert_exported(
         return node
 
     device = next((t.device for t in program.state_dict.values()), torch.device("cpu"))
-    _rewrite(module.graph, planned, make, device)
+    # A state that the program returns is named in its signature.
+    with module._set_replace_hook(converted.graph_signature.get_replace_hook()):
+        _rewrite(module.graph, planned, make, device)
     specs[:0] = added
     module.graph.lint()
     module.recompile()

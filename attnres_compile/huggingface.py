@@ -1,16 +1,18 @@
-"""Keep what `save_pretrained` writes from loading as the plain model.
+"""What models of the transformers library need: a config that marks them, and traceable recording.
 
-The config of a converted transformers model is a twin of the original's: one state, two classes.
-So a change to either (`set_attn_implementation`) reaches the layers, which keep the original, while
-what the twin writes names a model type and a dtype that no loader knows.
+The config of a converted model is a twin of the original's: one state, two classes. So a change to
+either (`set_attn_implementation`) reaches the layers, which keep the original, while what the twin
+writes names a model type and a dtype that no loader knows: what `save_pretrained` writes does not
+load as the plain model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -100,3 +102,56 @@ def _refused(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _is_config(value: Any) -> bool:
     return isinstance(value, dict) and "model_type" in value
+
+
+INSTALLED = "_output_capturing_hooks_installed"
+"""The attribute by which transformers knows that a model's layers have its hooks."""
+
+
+@contextlib.contextmanager
+def recording_outputs(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Has transformers' recording hooks in place for a call that asks for hidden states or the like.
+
+    The library installs them at the first such call, under a lock that cannot be traced. Here they
+    go again after the call: layers are shared with the original, which would install its own and
+    then record everything twice, and a layer with these hooks cannot be pickled.
+    """
+    if not _asks_for_records(model, kwargs):
+        yield
+        return
+    hooks_before = {module: set(module._forward_hooks) for module in model.modules()}
+    recorders = [m for m in model.modules() if hasattr(m, "_can_record_outputs")]
+    unmarked = [recorder for recorder in recorders if INSTALLED not in vars(recorder)]
+    for recorder in unmarked:
+        _install_recording(recorder)
+    try:
+        yield
+    finally:
+        for recorder in unmarked:
+            del recorder.__dict__[INSTALLED]
+        for module, before in hooks_before.items():
+            for added in set(module._forward_hooks) - before:
+                del module._forward_hooks[added]
+
+
+def _asks_for_records(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    config = vars(model).get("config")
+    if config is None:
+        return False
+    asked = [value for name, value in kwargs.items() if name.startswith("output_")]
+    recorded = getattr(model, "_can_record_outputs", None) or {}
+    asked += [getattr(config, f"output_{name}", None) for name in recorded]
+    return any(value is not None and value is not False for value in asked)
+
+
+def _install_recording(recorder: Any) -> None:
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    if not any(_records(h) for m in recorder.modules() for h in m._forward_hooks.values()):
+        maybe_install_capturing_hooks(recorder)
+    # an outer model's installation covers the models within it
+    recorder.__dict__[INSTALLED] = True
+
+
+def _records(hook: Callable[..., Any]) -> bool:
+    return hook.__module__ == "transformers.utils.output_capturing"

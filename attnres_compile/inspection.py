@@ -192,11 +192,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-class _MixRecorder(TorchDispatchMode):
+class _MixRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the logits of the first ``attnres::mix`` of every query, by the query's address."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.logits: dict[int, Tensor] = {}
 
     @classmethod

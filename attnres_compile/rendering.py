@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from attnres_compile.passes.classify_readers import Reader
-from attnres_compile.passes.find_streams import Refusal
+from attnres_compile.passes.streams import Refusal
 from attnres_compile.plans import ConversionPlan, PlannedStream, place
 
 if TYPE_CHECKING:

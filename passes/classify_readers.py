@@ -8,8 +8,9 @@ whose paths arrive at degree 0 is a norm, however it was spelled.
 Batch norm is none, in either mode: its running statistics keep the scale.
 
 *Channel.* Linear layers and norms over the last dimension vote for the last one, convolutions,
-batch and group norms for dimension 1, seen through element-wise nodes and transpositions, both on
-the readers of the states and on the branches that make them.
+batch and group norms for dimension 1, scales and biases for the one they vary along, seen through
+element-wise nodes and transpositions, both on the readers of the states and on the branches that
+make them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from attnres_compile.passes.find_streams import Read, ResidualStream, State
 from attnres_compile.passes.graph_values import is_tensor, module_path, shape_of, source_line
 
 _LARGEST_EPS = 1e-2
-_REDUCTIONS = frozenset("mean sum".split())
+_REDUCTIONS = frozenset(
+    "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"
+    " adaptive_avg_pool3d".split()
+)
 _CHANNEL_LAST = frozenset(
     "linear layer_norm rms_norm native_layer_norm addmm mm _fused_rms_norm".split()
 )
@@ -35,6 +39,7 @@ _CHANNEL_FIRST = frozenset(
     " native_batch_norm group_norm native_group_norm instance_norm cudnn_batch_norm"
     " _native_batch_norm_legit _native_batch_norm_legit_no_training".split()
 )
+_WEIGHTINGS = ops.ADDITIONS | {"mul", "div"}
 _FARTHEST_VOTER = 24  # nodes; a voter stands a few steps away, behind activations and views
 
 
@@ -58,10 +63,10 @@ class Reader:
 def classify_readers(state: State) -> tuple[Reader, ...]:
     """The readers of a site, one per module and operation, in graph order."""
     readers: dict[tuple[str, str], Reader] = {}
-    by_module: dict[str, list[Read]] = {}
+    by_module: dict[tuple[str, bool], list[Read]] = {}
     for read in state.reads:
-        by_module.setdefault(_reading_module(read), []).append(read)
-    for path, group in by_module.items():
+        by_module.setdefault((_reading_module(read), read.user.op == "output"), []).append(read)
+    for (path, _), group in by_module.items():
         invariant = _is_scale_invariant(group)
         for read in group:
             name = "norm" if invariant else ops.operation(read.user)
@@ -106,9 +111,10 @@ def _is_scale_invariant(reads: list[Read]) -> bool:
         if degree == 0:
             continue
         degrees[node] = degree
-        if not node.users:
+        users = [user for user in node.users if node in ops.value_arguments(user)]
+        if not users:
             return False
-        for user in node.users:
+        for user in users:
             if user not in seen:
                 seen.add(user)
                 heappush(pending, user)
@@ -122,7 +128,7 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, Fraction]) -> Fraction | None:
         return Fraction(0)
     if node.op == "output" or ops.writes_into(node) is not None:
         return None
-    inputs = [degrees.get(argument, Fraction(0)) for argument in ops.tensor_arguments(node)]
+    inputs = [degrees.get(argument, Fraction(0)) for argument in ops.value_arguments(node)]
     if not inputs:
         return None
     if name in _ROOTS_AND_POWERS:
@@ -135,9 +141,12 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, Fraction]) -> Fraction | None:
     if name == "mul":
         return sum(inputs, Fraction(0)) * (2 if _squares(node) else 1)
     if name == "div":
-        return inputs[0] - inputs[1] if len(inputs) == 2 else inputs[0]
+        return _degree_of_quotient(node, inputs)
     if name in ("add", "sub"):
         return _degree_of_sum(node, inputs)
+    if name in _FLOORS:
+        floor = ops.argument(node, 1, "min")
+        return inputs[0] if isinstance(floor, float) and abs(floor) <= _LARGEST_EPS else None
     if name in _HOMOGENEOUS:
         return inputs[0]
     return None
@@ -154,9 +163,23 @@ _ROOTS_AND_POWERS = {
     "norm": Fraction(1),
     "sign": Fraction(0),
 }
+_FLOORS = frozenset({"clamp", "clamp_min"})
 _HOMOGENEOUS = (
-    ops.CASTS | ops.COPIES | ops.RESHAPES | ops.PERMUTATIONS | _REDUCTIONS | {"expand", "neg"}
+    ops.CASTS
+    | ops.COPIES
+    | ops.RESHAPES
+    | ops.PERMUTATIONS
+    | ops.SLICES
+    | ops.DROPOUTS
+    | _REDUCTIONS
+    | {"neg"}
 )
+
+
+def _degree_of_quotient(node: fx.Node, inputs: list[Fraction]) -> Fraction:
+    if len(inputs) == 2:
+        return inputs[0] - inputs[1]
+    return inputs[0] if isinstance(node.args[0], fx.Node) else -inputs[0]
 
 
 def _squares(node: fx.Node) -> bool:
@@ -234,4 +257,16 @@ def _tells_channel(node: fx.Node, rank: int) -> int | None:
         dims = ops.argument(node, 1, "dim")
         dim = dims[0] if isinstance(dims, list | tuple) and len(dims) == 1 else dims
         return dim % rank if isinstance(dim, int) and dim % rank in (1, rank - 1) else None
-    return 1 if name in _CHANNEL_FIRST and rank > 1 else None
+    if name in _CHANNEL_FIRST and rank > 1:
+        return 1
+    return _weighted_dimension(node, rank) if name in _WEIGHTINGS else None
+
+
+def _weighted_dimension(node: fx.Node, rank: int) -> int | None:
+    """The one dimension along which a scale or bias of an affine map or layer scale varies."""
+    for operand in ops.operands(node):
+        sizes = shape_of(operand)
+        varying = [rank - len(sizes) + i for i, size in enumerate(sizes) if size > 1]
+        if len(varying) == 1 and varying[0] in (1, rank - 1) and ops.is_constant(operand):
+            return varying[0]
+    return None

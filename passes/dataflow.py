@@ -6,8 +6,11 @@ writing in place is one (to every later reader of the same memory). Nothing here
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import networkx as nx
 from torch import fx
@@ -50,15 +53,19 @@ class Dataflow:
         Views count only where the element order is the origin's: reshapes do, transpositions do
         once they are undone.
         """
-        found = node
+        return self.path_to_origin(node)[-1]
+
+    def path_to_origin(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes from `node` up to its origin."""
+        path = [node]
+        length = 1  # of the path up to where every transposition is undone
         order: tuple[int, ...] | None = None  # pending permutation of the current node's dimensions
-        while True:
-            step = _step_up(node, order)
-            if step is None:
-                return found
-            node, order = step
+        while (step := _step_up(path[-1], order)) is not None:
+            above, order = step
+            path.append(above)
             if order is None or order == tuple(range(len(order))):
-                found, order = node, None
+                length, order = len(path), None
+        return path[:length]
 
     def carriers(self, node: fx.Node) -> list[fx.Node]:
         """`node` and every node that carries its value unchanged (those whose origin it shares)."""
@@ -67,20 +74,22 @@ class Dataflow:
             carried += [user for user in self.users(current) if self._carries(user, current)]
         return [current for current in carried if self.origin(current) is self.origin(node)]
 
-    def overwritten_between(self, node: fx.Node, end: fx.Node | None) -> fx.Node | None:
-        """The first node between `node` and `end` that writes into the memory of `node`."""
-        last = self.order[end] if end is not None else len(self.order)
+    def writes_between(
+        self, node: fx.Node, start: fx.Node, end: fx.Node | None = None
+    ) -> list[fx.Node]:
+        """The nodes between `start` and `end` that write into the memory of `node`."""
         writers = self.writers.get(self.memory.get(node, node), [])
-        inside = (w for w in writers if self.order[node] < self.order[w] < last)
-        return next(inside, None)
+        last = self.order[end] if end is not None else len(self.order)
+        first = bisect_right(writers, self.order[start], key=self.order.__getitem__)
+        return writers[first : bisect_left(writers, last, key=self.order.__getitem__)]
 
     def dependency_masks(
-        self, roots: Iterable[fx.Node]
+        self, roots: Iterable[fx.Node], mixes: Callable[[fx.Node], bool] = ops.mixes_elements
     ) -> tuple[dict[fx.Node, int], dict[fx.Node, int], dict[fx.Node, int]]:
         """Which of the `roots` each node depends on, as bit sets: `(bit, any_path, mixing_path)`.
 
         `any_path[n] & bit[r]`: n depends on r. `mixing_path[n] & bit[r]`: on some path from r to n
-        stands an operation that is not element-wise. One sweep; bit sets make it near linear.
+        stands an operation that `mixes`. One sweep; bit sets make it near linear.
         """
         bit = {root: 1 << index for index, root in enumerate(roots)}
         any_path: dict[fx.Node, int] = {}
@@ -91,7 +100,7 @@ class Dataflow:
                 reached |= any_path[source] | bit.get(source, 0)
                 mixed |= mixing_path[source]
             any_path[node] = reached
-            mixing_path[node] = mixed if ops.is_elementwise(node) else mixed | reached
+            mixing_path[node] = mixed | reached if mixes(node) else mixed
         return bit, any_path, mixing_path
 
     def _add(self, node: fx.Node, position: int) -> None:
@@ -100,7 +109,8 @@ class Dataflow:
         sources = ops.value_arguments(node)
         for source in sources:
             self.flow.add_edge(source, node)
-            for writer in self.writers.get(self.memory.get(source, source), ()):
+            # The last writer depends on those before it.
+            for writer in self.writers.get(self.memory.get(source, source), ())[-1:]:
                 self.flow.add_edge(writer, node)
         self.memory[node] = self._memory_of(node, sources)
         written = ops.writes_into(node)
@@ -122,6 +132,56 @@ class Dataflow:
         if ops.is_value_preserving(user) or ops.is_reshape(user):
             return True
         return ops.permutation(user) is not None
+
+
+@dataclass(frozen=True)
+class Read:
+    """A use of a state by anything but the skip of the next state."""
+
+    user: fx.Node
+    operand: fx.Node
+
+
+class Reads:
+    """Who reads which value, with in-place writes taken into account."""
+
+    def __init__(self, view: Dataflow) -> None:
+        self._view = view
+        self._paths: dict[fx.Node, list[fx.Node]] = {}
+        self._by_value: dict[fx.Node, list[Read]] = defaultdict(list)
+        for user in view.order:
+            for operand in filter(is_tensor, ops.value_arguments(user)):
+                self._by_value[self.value_read(operand, user)].append(Read(user, operand))
+
+    def origin(self, node: fx.Node) -> fx.Node:
+        return self._path(node)[-1]
+
+    def value_read(self, operand: fx.Node, user: fx.Node) -> fx.Node:
+        """The node whose value `user` sees in `operand`: its origin, or who overwrote it since."""
+        path = self._path(operand)
+        memory = self._view.memory
+        for node, above in zip_longest(path, path[1:]):
+            if above is not None and memory.get(node, node) is memory.get(above, above):
+                continue  # a view
+            # Where a copy or the origin was made: what is written later is not what was copied.
+            written = self._view.writes_between(node, start=node, end=user)
+            if written:
+                return written[-1]
+            user = node
+        return path[-1]
+
+    def _path(self, node: fx.Node) -> list[fx.Node]:
+        if node not in self._paths:
+            self._paths[node] = self._view.path_to_origin(node)
+        return self._paths[node]
+
+    def of(self, value: fx.Node) -> list[Read]:
+        """The reads of a value, not counting the copies, casts and views that only carry it on."""
+        return [
+            read
+            for read in self._by_value[value]
+            if read.user is not value and self.origin(read.user) is not self.origin(value)
+        ]
 
 
 def _step_up(

@@ -50,6 +50,12 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(size_hint(size) for size in value_of(node).shape)
 
 
+def strides_of(node: fx.Node) -> tuple[int, ...]:
+    value = value_of(node)
+    strides = value.stride() if callable(value.stride) else value.stride
+    return tuple(size_hint(stride) for stride in strides)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size

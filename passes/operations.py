@@ -37,7 +37,8 @@ DROPOUTS = frozenset(
 FACTORIES = frozenset(
     "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones"
     " new_empty new_full new_tensor size sym_size stride shape numel dim ndim device dtype"
-    " bernoulli".split()
+    " bernoulli storage_offset sym_stride sym_numel is_contiguous is_floating_point _assert"
+    " _assert_async _assert_scalar _assert_tensor_metadata".split()
 )
 """Operators whose result does not carry the values of their tensor argument."""
 
@@ -53,12 +54,25 @@ NORMS = SCALE_INVARIANT_NORMS | {
     "cudnn_batch_norm",
     "local_response_norm",
 }
+PROJECTIONS = frozenset(
+    "linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d conv3d convolution"
+    " _convolution conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention"
+    " _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
+    " multi_head_attention_forward multiheadattention".split()
+)
+"""Operators that multiply by a matrix: of weights, or of attention."""
 ACTIVATIONS = frozenset(
     "relu relu6 gelu silu mish elu celu selu leaky_relu prelu hardswish hardtanh hardsigmoid tanh"
     " sigmoid softplus softsign logsigmoid threshold clamp clamp_min clamp_max glu".split()
 )
 _SHAPE_FROM_OTHER = frozenset("view_as reshape_as type_as expand_as".split())
-_ALIASING = RESHAPES | PERMUTATIONS | SLICES | CASTS | COPIES | {"detach", "diagonal", "unfold"}
+_ALIASING = (
+    RESHAPES
+    | PERMUTATIONS
+    | SLICES
+    | (CASTS - {"_to_copy"})
+    | {"contiguous", "alias", "identity", "detach", "diagonal", "unfold"}
+)
 _POINTWISE_EXTRA = (
     CASTS
     | COPIES
@@ -105,6 +119,21 @@ def is_elementwise(node: fx.Node) -> bool:
         module = _called_module(node)
         return isinstance(module, _POINTWISE_MODULES) or _is_activation_module(module)
     return node.op not in ("call_function", "call_method") or _is_pointwise_name(operation(node))
+
+
+def mixes_elements(node: fx.Node) -> bool:
+    return not is_elementwise(node)
+
+
+def is_projection(node: fx.Node) -> bool:
+    return operation(node) in PROJECTIONS
+
+
+def is_constant(node: fx.Node) -> bool:
+    """A parameter, a buffer or an input as it was given, up to views."""
+    while operation(node) in RESHAPES | SLICES and tensor_arguments(node):
+        node = tensor_arguments(node)[0]
+    return node.op in ("placeholder", "get_attr")
 
 
 def is_value_preserving(node: fx.Node) -> bool:
@@ -157,7 +186,14 @@ def writes_into(node: fx.Node) -> fx.Node | None:
 
 def aliases_argument(node: fx.Node) -> bool:
     """Whether a node's result may share memory with its first tensor argument."""
-    return operation(node) in _ALIASING
+    name, arguments = operation(node), tensor_arguments(node)
+    if name not in _ALIASING or not arguments:
+        return False
+    if name in CASTS and is_tensor(node):
+        return dtype_of(node) == dtype_of(arguments[0])
+    if name == "contiguous":
+        return strides_of(node) == strides_of(arguments[0])
+    return True
 
 
 def tensor_arguments(node: fx.Node) -> list[fx.Node]:

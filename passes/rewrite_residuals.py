@@ -105,6 +105,10 @@ class _StreamWriter:
                 self._complete_sublayer()
                 mixed = self._mix(edit, position, state)
                 _redirect_reads(state, mixed)
+            else:
+                # Who asks for its shape or dtype only may ask the skip as well.
+                skip = edit.cast(state.addition.skip, dtype_of(state.node))
+                state.node.replace_all_uses_with(skip)
 
     def _complete_sublayer(self) -> None:
         if self._open_additions == 0:

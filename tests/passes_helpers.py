@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from attnres_compile.capture import annotate_symbolic, capture
-from attnres_compile.passes.find_streams import StreamAnalysis, find_streams
+from attnres_compile.passes.find_streams import find_streams
+from attnres_compile.passes.streams import Refusal, StreamAnalysis
 
 WIDTH = 8
 ROUTES = ("symbolic", "dynamo", "export")
@@ -87,4 +88,8 @@ def site_depths(analysis: StreamAnalysis) -> list[tuple[int, ...]]:
 
 def refused(analysis: StreamAnalysis) -> list[str]:
     """The kinds of the refusals."""
-    return [refusal.kind for refusal in analysis.refusals]
+    return refused_kinds(analysis.refusals)
+
+
+def refused_kinds(refusals: Iterable[Refusal]) -> list[str]:
+    return [refusal.kind for refusal in refusals]

@@ -1,0 +1,590 @@
+"""Which additions are residual additions: each rule with an example and its negative twin.
+
+Bodies are functions of layers ``m`` and a stream ``x`` (and ``y``); ``m.f(x)`` is a linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnres_compile.passes.find_streams import find_streams
+from passes_helpers import (
+    ROUTES,
+    Body,
+    analyse,
+    depths,
+    images,
+    refused,
+    site_depths,
+    sublayers,
+    tokens,
+    trace,
+)
+
+
+def twice(step: Body) -> Body:
+    """The same step two times: two sublayers, where one would be too few."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return step(m, step(m, x))
+
+    return body
+
+
+def pre_norm(m: Any, x: Tensor) -> Tensor:
+    x = x + m.f(m.norm(x))
+    return x + m.g(m.norm(x))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_pre_norm_layer_is_one_stream(route: str) -> None:
+    found = analyse(pre_norm, route=route)
+    assert depths(found) == [2]
+    assert sublayers(found) == [(1, 1)]
+    assert site_depths(found) == [(0, 1, 2)]
+    assert not found.refusals
+
+
+# Both operands, every spelling.
+
+SPELLINGS = {
+    "skip left": lambda m, x: x + m.f(x),
+    "skip right": lambda m, x: m.f(x) + x,
+    "torch.add": lambda m, x: torch.add(x, m.f(x)),
+    "keywords": lambda m, x: torch.add(input=x, other=m.f(x)),
+    "method": lambda m, x: x.add(m.f(x)),
+    "alpha on the branch": lambda m, x: torch.add(x, m.f(x), alpha=0.5),
+    "alpha of one on the skip": lambda m, x: torch.add(m.f(x), x, alpha=1),
+    "subtracted branch": lambda m, x: x - m.f(x),
+    "subtracted method": lambda m, x: x.sub(m.f(x), alpha=2),
+    "addcmul": lambda m, x: torch.addcmul(x, m.f(x), m.scale, value=0.5),
+    "addcmul, factors swapped": lambda m, x: torch.addcmul(x, m.scale, m.f(x)),
+    "half a branch": lambda m, x: 0.5 * m.f(x) + x,
+    "gated branch": lambda m, x: x + torch.sigmoid(m.g(x)) * m.f(x),
+}
+
+
+@pytest.mark.parametrize("step", SPELLINGS.values(), ids=SPELLINGS)
+def test_spellings_of_a_residual_addition(step: Body) -> None:
+    found = analyse(twice(step))
+    assert depths(found) == [2]
+    assert not found.refusals
+
+
+NO_SPELLINGS = {
+    "alpha on the skip": lambda m, x: torch.add(m.f(x), x, alpha=0.5),
+    "negated skip": lambda m, x: m.f(x) - x,
+    "addcmul of the state": lambda m, x: torch.addcmul(m.f(x), x, m.scale),
+    "no addition": lambda m, x: x * m.f(x),
+    "concatenation": lambda m, x: m.f(torch.cat((x[..., :4], m.f(x)[..., 4:]), -1)),
+    "highway": lambda m, x: torch.lerp(x, m.f(x), torch.sigmoid(m.g(x))),
+}
+
+
+@pytest.mark.parametrize("step", NO_SPELLINGS.values(), ids=NO_SPELLINGS)
+def test_what_is_no_residual_addition(step: Body) -> None:
+    assert depths(analyse(twice(step))) == []
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_in_place_additions(route: str) -> None:
+    def operator(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        x += m.f(m.norm(x))
+        x += m.g(m.norm(x))
+        return m.norm(x)
+
+    def method(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        x.add_(m.f(m.norm(x)))
+        x.add_(m.g(m.norm(x)), alpha=0.5)
+        return m.norm(x)
+
+    def branch_overwritten(m: Any, x: Tensor) -> Tensor:
+        for layer in (m.f, m.g):
+            y = layer(m.norm(x))
+            y += x
+            x = y
+        return x
+
+    for body in (operator, method, branch_overwritten):
+        found = analyse(body, route=route)
+        assert depths(found) == [2]
+        assert site_depths(found) == [(0, 1, 2)]
+
+
+# The branch has to depend on the stream, through something that is not element-wise.
+
+MIXERS = {
+    "pooling": lambda m, x: x + (F.avg_pool1d(x, 3, 1, 1) - x),
+    "cumulative sum": lambda m, x: x + x.cumsum(1),
+    "shift": lambda m, x: x + torch.roll(x, 1, 1),
+    "norm": lambda m, x: x + m.norm(x),
+    "Fourier transform": lambda m, x: x + torch.fft.fft(x).real,
+    "attention": lambda m, x: x + (x @ x.mT).softmax(-1) @ x,
+    "detached branch input": lambda m, x: x + m.f(x.detach()),
+}
+
+
+@pytest.mark.parametrize("step", MIXERS.values(), ids=MIXERS)
+def test_mixers_without_weights_are_branches(step: Body) -> None:
+    assert depths(analyse(twice(step))) == [2]
+
+
+ELEMENTWISE = {
+    "polynomial": lambda m, x: x + 0.044715 * torch.pow(x, 3),
+    "itself": lambda m, x: x + x,
+    "activation": lambda m, x: x + torch.tanh(m.scale * x),
+    "constant": lambda m, x: x + 1.0,
+    "bias": lambda m, x: x + m.scale,
+    "positions": lambda m, x: x + m.positions,
+    "positions through a layer": lambda m, x: x + m.f(m.positions),
+    "dropout": lambda m, x: x + F.dropout(x, 0.5),
+    "shape": lambda m, x: x + m.f(torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("step", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_distractors_are_neither_found_nor_refused(step: Body) -> None:
+    found = analyse(twice(step))
+    assert depths(found) == []
+    assert not found.refusals
+
+
+def test_distractors_inside_branches_change_nothing() -> None:
+    def gelu(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.797884 * (x + 0.044715 * torch.pow(x, 3))))
+
+    def rotate(x: Tensor, m: Any) -> Tensor:
+        left, right = x.chunk(2, -1)
+        return x * m.scale + torch.cat((-right, left), -1) * m.scale
+
+    def lora(m: Any, x: Tensor) -> Tensor:
+        return m.f(x) + m.h(m.g(x))
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = x + m.positions
+        n = m.norm(x)
+        scores = rotate(m.f(n), m) @ rotate(m.g(n), m).transpose(1, 2) + m.positions[:, :4]
+        x = x + scores.softmax(-1) @ lora(m, n)
+        return x + (m.h(gelu(lora(m, m.norm(x)))) + m.scale)
+
+    found = analyse(body)
+    assert depths(found) == [2]
+    assert site_depths(found) == [(0, 1, 2)]
+    assert not found.refusals
+
+
+def test_a_state_space_scan_is_no_stream() -> None:
+    def scan(m: Any, x: Tensor) -> Tensor:
+        state = m.f(x[:, 0])
+        outputs = []
+        for step in range(4):
+            state = state * m.scale + m.g(x[:, step])
+            outputs.append(state)
+        return torch.stack(outputs, 1)
+
+    alone = analyse(scan)
+    assert depths(alone) == []
+    assert not alone.refusals
+    inside = analyse(twice(lambda m, x: x + scan(m, m.norm(x))))
+    assert depths(inside) == [2]
+    assert not inside.refusals
+
+
+def test_a_sum_over_values_independent_of_the_stream() -> None:
+    def independent(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        x = x + m.f(y)
+        return x + m.g(y)
+
+    def dependent(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        x = x + m.f(x * y)
+        return x + m.g(x * y)
+
+    assert depths(analyse(independent, tokens(), tokens())) == []
+    assert depths(analyse(dependent, tokens(), tokens())) == [2]
+
+
+def test_an_integer_or_one_dimensional_sum_is_no_stream() -> None:
+    def integers(m: Any, x: Tensor) -> Tensor:
+        counts = (x > 0).long()
+        counts = counts + counts.cumsum(1)
+        return counts + counts.cumsum(1)
+
+    def vector(m: Any, x: Tensor) -> Tensor:
+        x = x[0, 0]
+        x = x + m.f(x)
+        return x + m.g(x)
+
+    assert depths(analyse(integers)) == []
+    assert depths(analyse(vector)) == []
+
+
+# Sublayers: maximal runs of additions with no read between.
+
+
+def test_parallel_additions_are_one_sublayer() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            n = m.norm(x)
+            x = x + m.f(n) + m.g(n)
+        return x
+
+    found = analyse(body)
+    assert sublayers(found) == [(2, 2)]
+    assert site_depths(found) == [(0, 2, 4)]
+
+
+def test_a_read_between_makes_two_sublayers() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + m.f(m.norm(x))
+            x = x + m.g(m.norm(x))
+        return x
+
+    assert sublayers(analyse(body)) == [(1, 1, 1, 1)]
+
+
+def test_branches_summed_first_are_one_addition() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            n = m.norm(x)
+            x = x + (m.f(n) + m.g(n))
+        return x
+
+    found = analyse(body)
+    assert sublayers(found) == [(1, 1)]
+    assert not found.refusals
+
+
+def test_a_mid_chain_addition_that_does_not_depend_on_the_stream_is_absorbed() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = x + m.f(x)
+        x = x + m.positions
+        return x + m.g(x)
+
+    found = analyse(body)
+    (stream,) = found.streams
+    assert [state.addition.is_residual for state in stream.states if state.addition] == [
+        True,
+        False,
+        True,
+    ]
+    assert depths(found) == [2]
+    assert site_depths(found) == [(0, 1, 2)]
+    assert stream.states[1].reads == ()
+
+
+def test_an_addition_before_the_first_branch_belongs_to_the_root() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = x + m.positions
+        x = x + m.f(x)
+        return x + m.g(x)
+
+    (stream,) = analyse(body).streams
+    assert len(stream.states) == 3
+
+
+def test_additions_that_nothing_reads_are_left_out() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        first = x + m.f(x)
+        last = first + m.g(first)
+        unread = last + m.h(last)
+        assert unread is not None
+        return last
+
+    found = analyse(body)
+    assert depths(found) == [2]
+    assert site_depths(found) == [(0, 1, 2)]
+
+
+# Several streams.
+
+
+def test_encoder_and_decoder_are_two_streams() -> None:
+    def body(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        x = x + m.f(x)
+        x = x + m.g(x)
+        for _ in range(2):
+            y = y + m.f(y)
+            y = y + m.g(x)  # cross-attention, spelled so that it reads only the encoder
+            y = m.h(y) + y
+        return y
+
+    found = analyse(body, tokens(), tokens())
+    # What reads only the encoder is absorbed into the decoder's partial sum.
+    assert depths(found) == [2, 4]
+    assert [len(stream.states) for stream in found.streams] == [3, 7]
+
+
+def test_interleaved_streams_are_told_apart() -> None:
+    def body(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + m.f(x)
+        y = m.f(y) + y
+        x = m.g(x * y) + x
+        y = y + m.g(y + x)
+        return x, y
+
+    found = analyse(body, tokens(), tokens())
+    assert depths(found) == [2, 2]
+    assert site_depths(found) == [(0, 1, 2), (0, 1, 2)]
+
+
+def test_a_change_of_shape_starts_a_new_stream() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + m.f(x)
+        x = x[:, :2] * 2
+        for _ in range(3):
+            x = x + m.f(x)
+        return x
+
+    assert depths(analyse(body)) == [2, 3]
+
+
+def test_an_outer_skip_is_a_stream_of_its_own() -> None:
+    def group(m: Any, x: Tensor) -> Tensor:
+        y = x
+        y = y + m.f(y)
+        y = y + m.g(y)
+        return x + m.h(y)
+
+    once = analyse(group)
+    assert depths(once) == [2]
+    assert refused(once) == ["single-sublayer"]
+    nested = analyse(twice(group))
+    assert depths(nested) == [2, 2, 2]
+    outer = nested.streams[0]
+    assert outer.states[0].node.op == "placeholder"
+    assert outer.states[-1].node is outer.additions[-1].node
+    assert outer.states[-1].reads[0].user.op == "output"
+
+
+def test_a_fork_continues_with_its_longest_arm() -> None:
+    def body(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + m.f(x)
+        a, b = x, x
+        for _ in range(2):
+            a = a + m.g(a)
+        for _ in range(3):
+            b = b + m.h(b)
+        return a, b
+
+    found = analyse(body)
+    assert depths(found) == [4, 2]
+    assert found.streams[1].states[0].node is found.streams[0].states[1].node
+
+
+# The carrier: what is transparent, and what breaks a chain.
+
+
+def test_transparent_nodes_on_the_carrier() -> None:
+    def casts(m: Any, x: Tensor) -> Tensor:
+        x = x.to(torch.bfloat16)
+        x = x.float() + m.f(x.float())
+        return x.double() + m.g(x).double()
+
+    def views(m: Any, x: Tensor) -> Tensor:
+        flat = x.view(-1, 8) + m.f(x).view(-1, 8)
+        x = flat.unflatten(0, (2, 4))
+        return x + m.g(x)
+
+    def copies(m: Any, x: Tensor) -> Tensor:
+        x = x.contiguous() + m.f(x)
+        return x.clone() + m.g(x)
+
+    def transposed_and_back(m: Any, x: Tensor) -> Tensor:
+        x = x + m.f(x)
+        x = x.transpose(1, 2).permute(0, 2, 1)
+        return x + m.g(x)
+
+    for body in (casts, views, copies, transposed_and_back):
+        found = analyse(body)
+        assert depths(found) == [2], body.__name__
+        assert site_depths(found) == [(0, 1, 2)], body.__name__
+
+
+def test_a_whole_stream_may_lie_transposed() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return pre_norm(m, x).transpose(0, 1)
+
+    assert depths(analyse(body)) == [2]
+
+
+def test_a_reader_behind_a_transposition_reads_the_state() -> None:
+    def body(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + m.f(m.positions * x)
+        turned = x.transpose(1, 2)
+        back = turned.transpose(1, 2)
+        return back + m.g(m.norm(back)), turned.softmax(1)
+
+    (stream,) = analyse(body).streams
+    assert len(stream.states[1].reads) == 2
+
+
+BREAKS = {
+    "post-norm": lambda m, x: m.norm(x + m.f(x)),
+    "post-activation": lambda m, x: F.relu(x + m.f(x)),
+    "dropout": lambda m, x: F.dropout(x + m.f(x), 0.1, training=False),
+    "narrowing-cast": lambda m, x: (x + m.f(x)).to(torch.bfloat16).float(),
+    "scaled-carrier": lambda m, x: (x + m.f(x)) * 0.9,
+    "changed-carrier": lambda m, x: (x + m.f(x)).masked_fill(m.positions > 1, 0.0),
+}
+REASONS = {
+    "post-norm": "post-norm: the carrier passes a norm between residual additions, so block sums "
+    "do not add up to it",
+    "post-activation": "post-activation: the carrier passes an activation between residual "
+    "additions, so block sums do not add up to it",
+    "dropout": "the carrier passes dropout between residual additions; dropout belongs on the "
+    "branch",
+    "narrowing-cast": "the carrier passes a narrowing cast between residual additions, which "
+    "changes its value; keep the stream in one dtype",
+    "scaled-carrier": "the carrier is scaled between residual additions, so block sums do not add "
+    "up to it",
+    "changed-carrier": "the carrier is changed between residual additions, so block sums do not "
+    "add up to it",
+}
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_a_broken_carrier_is_refused_with_its_reason(kind: str) -> None:
+    found = analyse(twice(BREAKS[kind]))
+    assert depths(found) == []
+    assert refused(found) == [kind, kind]
+    assert found.refusals[0].reason == REASONS[kind]
+
+
+UNBROKEN = {
+    "norm on the branch": lambda m, x: x + m.norm(m.f(x)),
+    "activation on the branch": lambda m, x: x + F.relu(m.f(x)),
+    "dropout on the branch": lambda m, x: x + F.dropout(m.f(x), 0.1),
+    "narrowing cast on the branch": lambda m, x: x + m.f(x).to(torch.bfloat16).float(),
+    "scaled branch": lambda m, x: x + m.f(x) * 0.9,
+    "masked branch": lambda m, x: x + m.f(x).masked_fill(m.positions > 1, 0.0),
+}
+
+
+@pytest.mark.parametrize("step", UNBROKEN.values(), ids=UNBROKEN)
+def test_the_same_on_the_branch_is_fine(step: Body) -> None:
+    found = analyse(twice(step))
+    assert depths(found) == [2]
+    assert not found.refusals
+
+
+def test_a_norm_in_elementary_operations_breaks_the_carrier_too() -> None:
+    def rms_norm(m: Any, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.scale
+
+    post = analyse(twice(lambda m, x: rms_norm(m, x + m.f(x))))
+    assert refused(post) == ["post-norm", "post-norm"]
+    pre = analyse(twice(lambda m, x: x + m.f(rms_norm(m, x))))
+    assert depths(pre) == [2]
+
+
+def test_one_sublayer_is_refused() -> None:
+    def parallel(m: Any, x: Tensor) -> Tensor:
+        return x + m.f(x) + m.g(x)
+
+    def lone(m: Any, x: Tensor) -> Tensor:
+        return x + m.f(x)
+
+    found = analyse(parallel)
+    assert refused(found) == ["single-sublayer", "single-sublayer"]
+    assert found.refusals[0].reason == "a stream of one sublayer has nothing to choose from"
+    assert refused(analyse(lone)) == ["single-sublayer"]
+
+
+def test_a_refusal_says_where() -> None:
+    module = trace(lambda m, x: x + m.f(x), route="dynamo")
+    (refusal,) = find_streams(module.graph).refusals
+    assert refusal.source.startswith("test_find_streams.py:")
+    assert refusal.module_path == ""
+
+
+# Writes in place.
+
+
+def test_an_alias_read_after_an_in_place_addition_reads_the_later_state() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        kept, flat = x, x.view(-1, 8)
+        x.add_(m.f(x))
+        middle = m.norm(flat)
+        x.add_(m.g(x))
+        return m.norm(kept) + middle.sum()
+
+    (stream,) = analyse(body).streams
+    assert [state.depth for state in stream.sites] == [0, 1, 2]
+    assert [len(state.reads) for state in stream.states] == [1, 2, 1]
+
+
+def test_a_copy_read_after_an_in_place_addition_reads_the_earlier_state() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        kept = x.clone()
+        x.add_(m.f(x))
+        x.add_(m.g(x))
+        return m.norm(x) + m.norm(kept).sum()
+
+    (stream,) = analyse(body).streams
+    assert [len(state.reads) for state in stream.states] == [2, 1, 1]
+
+
+def test_a_state_overwritten_in_place_is_refused() -> None:
+    def root_overwritten(m: Any, x: Tensor) -> Tensor:
+        x = root = m.h(x)
+        x = x + m.f(x)
+        x = x + m.g(x)
+        root.zero_()
+        return m.norm(x)
+
+    def branch_overwritten(m: Any, x: Tensor) -> Tensor:
+        for layer in (m.f, m.g):
+            branch = layer(x)
+            branch.mul_(0.5)
+            x = x + branch
+        return m.norm(x)
+
+    found = analyse(root_overwritten, route="dynamo")
+    assert depths(found) == []
+    assert refused(found) == ["overwritten", "overwritten"]
+    line = r"the stream is overwritten in place by 'zero' at test_find_streams.py:"
+    assert found.refusals[0].reason.startswith(line)
+    assert found.refusals[0].reason.endswith("; make that operation out of place")
+    assert depths(analyse(branch_overwritten)) == [2]
+
+
+def test_a_carrier_overwritten_between_additions_is_refused() -> None:
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        x = x + m.f(x)
+        x.mul_(0.5)
+        return x + m.g(x)
+
+    def activated(m: Any, x: Tensor) -> Tensor:
+        x = x + m.f(x)
+        return F.relu(x, inplace=True) + m.g(x)
+
+    assert refused(analyse(scaled)) == ["scaled-carrier", "scaled-carrier"]
+    assert refused(analyse(activated)) == ["post-activation", "post-activation"]
+
+
+def test_a_buffer_that_is_written_is_no_part_of_the_stream() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = x + m.f(x)
+        m.memory.copy_(x.detach().mean(0))
+        return x + m.g(x)
+
+    found = analyse(body, route="dynamo")
+    assert depths(found) == [2]
+    assert not found.refusals
+
+
+def test_images_are_streams_too() -> None:
+    found = analyse(twice(lambda m, x: x + m.conv(F.relu(x))), images())
+    assert depths(found) == [2]
