@@ -67,7 +67,9 @@ def lower(
     recompute_tags(module.graph)
     try:
         compiled: Any = compile_fx(module, inputs, config_patches=patches)
-    except torch._inductor.exc.InvalidCxxCompiler as error:
+    except torch._inductor.exc.InductorError as error:
+        if not isinstance(error.inner_exception, torch._inductor.exc.InvalidCxxCompiler):
+            raise
         raise BackendError(
             "Inductor needs a C++ compiler for the CPU and found none; install one (g++ or "
             "clang), or run the converted model with executor='eager'."

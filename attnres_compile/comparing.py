@@ -59,6 +59,18 @@ class Run:
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
 
+    def cast_like(self, other: Run) -> Run:
+        """The same numbers in the dtypes of another run."""
+        outputs, gradients = dict(self.outputs), dict(self.gradients)
+        for name, output in other.outputs.items():
+            if name in outputs:
+                outputs[name] = outputs[name].to(output.dtype)
+        for name, grad in other.gradients.items():
+            mine = gradients.get(name)
+            if mine is not None and grad is not None:
+                gradients[name] = mine.to(grad.dtype)
+        return Run(outputs, gradients)
+
 
 def run(model: nn.Module, args: Args, kwargs: Kwargs) -> Run:
     """One call after a fixed seed, and its gradients; `model` is the caller's own copy."""

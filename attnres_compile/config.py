@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -62,18 +63,29 @@ class AttnResConfig:
             )
         if self.aggregate not in ("sum", "mean"):
             raise ConfigError(f"aggregate must be 'sum' or 'mean', not {self.aggregate!r}.")
-        if not 0 < self.eps < 1:
+        if not isinstance(self.key_gain, bool):
+            raise ConfigError(f"key_gain must be True or False, not {self.key_gain!r}.")
+        if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
             raise ConfigError(f"eps must lie between 0 and 1, not {self.eps!r}.")
-        if isinstance(self.streams, str):
-            raise ConfigError(
-                f"streams takes a tuple of patterns; write streams=({self.streams!r},)."
-            )
         if self.streams is not None:
-            object.__setattr__(self, "streams", tuple(self.streams))
+            object.__setattr__(self, "streams", _patterns(self.streams))
 
     def to_json(self) -> dict[str, Any]:
         """The options as a dictionary of JSON values."""
         return asdict(self)
+
+
+def _patterns(streams: object) -> tuple[str, ...]:
+    if isinstance(streams, str):
+        raise ConfigError(f"streams takes a tuple of patterns; write streams=({streams!r},).")
+    if not isinstance(streams, Iterable) or isinstance(streams, Mapping):
+        raise ConfigError(f"streams takes a tuple of patterns, not {streams!r}.")
+    patterns = tuple(streams)
+    if not patterns:
+        raise ConfigError("streams=() converts nothing; leave it out to convert every stream.")
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"streams takes a tuple of patterns, not {streams!r}.")
+    return patterns
 
 
 def _is_positive_int(value: object) -> bool:

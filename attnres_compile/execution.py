@@ -8,6 +8,7 @@ code object.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import types
 import weakref
@@ -58,14 +59,27 @@ def run_method(
     if _WATCHED:
         return function(owner, *args, **kwargs)
     try:
-        with _watching({owner.get_submodule(path) for path in layout.layers}):
-            return function(owner, *args, **kwargs)
+        with _watching(_parts(owner, layout.layers)):
+            result = function(owner, *args, **kwargs)
+            return iter(list(result)) if inspect.isgenerator(result) else result
     except _ReachedLayer:
         return run_converted(owner, name, args, kwargs)
 
 
-class _ReachedLayer(Exception):  # noqa: N818  not an error
-    """A watched method was about to run a layer outside of the converted forward."""
+def _parts(owner: Owner, layers: tuple[str, ...]) -> set[nn.Module]:
+    """All modules in which sublayers may lie: the layers, what is around and what is in them.
+
+    Where the owner itself makes the additions, any of its children may be a sublayer.
+    """
+    inside = [owner.get_submodule(path) for path in layers] or list(owner.children())
+    return {part for module in inside for part in module.modules()} - {owner.attnres}
+
+
+class _ReachedLayer(BaseException):
+    """A watched method was about to run a layer outside of the converted forward.
+
+    Not an Exception, so that no fallback in the method catches it.
+    """
 
 
 _WATCHED: list[set[nn.Module]] = []

@@ -118,7 +118,7 @@ def depth_attention(
         >>> import attnres_compile, torchvision
         >>> model = attnres_compile.convert(torchvision.models.vit_b_16().eval())
         >>> attention = attnres_compile.depth_attention(model)
-        >>> attention.sources["attnres.before_encoder_layers_encoder_layer_1_ln_1"]
+        >>> attention.sources["encoder.attnres.before_layers_encoder_layer_1_ln_2"]
         ('root', 'block 1', 'partial')
     """
     converted = unwrapped(converted)

@@ -66,6 +66,7 @@ class AttnRes(nn.Module):
     Attributes:
         layout: the streams of the owner, as the rewrite needs them.
         executor: how the rewritten graph runs, "eager" or "attnres".
+        ways_to_layers: the owner's methods, other than forward, that may run its layers.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class AttnRes(nn.Module):
         self.layout = layout
         self.encoded_layout = layout.encode()
         self.executor = executor
+        self.ways_to_layers: frozenset[str] = frozenset()
         for name, site in sites.items():
             self.add_module(name, site)
 
@@ -117,6 +119,11 @@ def register_owner(owner: nn.Module) -> None:
 def live_owner(identity: int) -> nn.Module | None:
     """The owner module with this ``id``, if it is alive."""
     return _OWNERS.get(identity)
+
+
+def live_owners() -> list[Owner]:
+    """All owners that are alive."""
+    return [owner for owner in _OWNERS.values() if isinstance(owner, Owner)]
 
 
 def is_converted(model: nn.Module) -> bool:

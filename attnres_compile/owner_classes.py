@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def rebuild_guard(base: type[nn.Module]) -> nn.Module:
 
 def become_owner(module: nn.Module, attnres: AttnRes) -> None:
     """Turns a (copied) module into an owner."""
+    attnres.ways_to_layers = ways_to_layers(type(module), attnres.layout.layers)
     module.__class__ = owner_class(type(module))
     register_owner(module)
     module.add_module("attnres", attnres)
@@ -91,13 +93,52 @@ def _reduce_with(rebuild: Callable[[type[nn.Module]], nn.Module]) -> Callable[..
 
 
 def _own_methods(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-    """Methods that could run the layers on a way of their own: those of classes with a forward."""
+    """Methods that could run the layers on a way of their own."""
     found: dict[str, Callable[..., Any]] = {}
     for cls in reversed(base.__mro__):
-        if not issubclass(cls, nn.Module) or cls is nn.Module or "forward" not in vars(cls):
-            continue
-        found.update({n: f for n, f in vars(cls).items() if inspect.isfunction(f)})
+        if not _knows_no_layers(cls):
+            found.update({n: f for n, f in vars(cls).items() if inspect.isfunction(f)})
     return {n: f for n, f in found.items() if n != "forward" and not n.startswith("__")}
+
+
+def _knows_no_layers(cls: type) -> bool:
+    """Bases that libraries give to all their models, like PreTrainedModel, have no forward."""
+    library = cls.__module__.partition(".")[0] in ("torch", "transformers", "huggingface_hub")
+    return cls in (object, nn.Module) or (library and "forward" not in vars(cls))
+
+
+_ANY_CHILD = frozenset(
+    "children named_children modules named_modules get_submodule _modules __dict__".split()
+)
+"""Names by which code reaches children that it does not name."""
+
+
+def ways_to_layers(base: type[nn.Module], layers: Sequence[str]) -> frozenset[str]:
+    """Methods that name a layer, or something around one, or a method that does.
+
+    Args:
+        base: the owner's original class.
+        layers: paths, below the owner, of the modules that hold additions.
+    """
+    names = {name: _names(function.__code__) for name, function in _own_methods(base).items()}
+    wanted = _ANY_CHILD | {path.partition(".")[0] for path in layers}
+    ways: frozenset[str] = frozenset()
+    while True:
+        more = frozenset(name for name, used in names.items() if used & (wanted | ways))
+        if more == ways:
+            return ways
+        ways = more
+
+
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Attribute names and strings (for getattr) in a function and the functions within it."""
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            found.add(constant)
+        elif isinstance(constant, types.CodeType):
+            found |= _names(constant)
+    return frozenset(found)
 
 
 def _converted_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -114,8 +155,11 @@ def _converted_forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _watched_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(self, *args, **kwargs)
-        return run_method(self, name, function, args, kwargs)
+        if not torch.compiler.is_compiling():
+            return run_method(self, name, function, args, kwargs)
+        if name in self.attnres.ways_to_layers:
+            # Redundant when the owner's forward calls the method, and removed by its rewrite.
+            declare(self.attnres.declared(), self.attnres.encoded_layout)
+        return function(self, *args, **kwargs)
 
     return method

@@ -16,7 +16,7 @@ from torch import fx, nn
 from attnres_compile.capture import annotate_dynamo, annotate_export
 from attnres_compile.errors import MismatchError
 from attnres_compile.layout import OwnerLayout, StreamLayout
-from attnres_compile.module import live_owner
+from attnres_compile.module import live_owner, live_owners
 from attnres_compile.passes.find_streams import ResidualStream, find_streams
 from attnres_compile.passes.graph_values import module_path
 from attnres_compile.passes.identify_additions import identify_additions
@@ -65,12 +65,14 @@ def rewrite_dynamo_graph(module: fx.GraphModule, owner: nn.Module | None) -> int
             if inner is not None:
                 annotate_dynamo(module, inner)
                 return _inside(key)
-        if owner is None:
+        around = owner or _owner_of(module, str(marker.args[1]))
+        if around is None:
             raise MismatchError(
-                "a marker stands in this graph whose converted module cannot be found; compile "
-                "the converted model itself, or a function that calls it."
+                "this graph holds a part of a converted model whose call is not in it: another "
+                "method than forward was called (call it outside of torch.compile), or the graph "
+                "breaks within the model (compile with fullgraph=True, which says where)."
             )
-        annotate_dynamo(module, owner)
+        annotate_dynamo(module, around)
         return _inside("")
 
     return _rewrite(module, enter)
@@ -87,6 +89,18 @@ def rewrite_export_graph(module: fx.GraphModule) -> int:
         return _inside(key)
 
     return _rewrite(module, enter)
+
+
+def _owner_of(module: fx.GraphModule, layout: str) -> nn.Module | None:
+    """The owner whose own forward a whole graph is: it called these modules, by this layout.
+
+    That is ``torch.compile(converted)`` where the model itself is the owner, which Dynamo enters
+    without a call of it.
+    """
+    keys = {k for node in module.graph.nodes for k in node.meta.get("nn_module_stack") or {}}
+    called = {key.split("@")[0] for key in keys}
+    fitting = (o for o in live_owners() if o.attnres.encoded_layout == layout)
+    return next((o for o in fitting if called & {str(id(m)) for m in o.modules()}), None)
 
 
 def _inside(call: str) -> Callable[[fx.Node], bool]:
@@ -106,14 +120,23 @@ def _rewrite(module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Nod
     if not declared:
         return 0
     streams = find_streams(graph).streams
-    matches = [match for marker in declared for match in _matched(marker, streams, enter)]
-    for match in matches:
-        rewrite_residuals(graph, match.stream, match.layout.mix, match.parameters)
+    outermost = [m for i, m in enumerate(declared) if not any(_within(m, o) for o in declared[:i])]
+    matches = [match for marker in outermost for match in _matched(marker, streams, enter)]
+    # New nodes get example values; saved-tensor hooks of the user's are not to see these.
+    with torch.no_grad():
+        for match in matches:
+            rewrite_residuals(graph, match.stream, match.layout.mix, match.parameters)
     for node in markers:
         graph.erase_node(node)
     graph.lint()
     module.recompile()
-    return len(declared)
+    return len(outermost)
+
+
+def _within(marker: _Marker, outer: _Marker) -> bool:
+    """Whether a method declared once more what the call around it had declared."""
+    calls, calls_around = (m.node.meta.get("nn_module_stack") or {} for m in (marker, outer))
+    return marker.parameters == outer.parameters and set(calls_around) <= set(calls)
 
 
 def _read(node: fx.Node) -> _Marker:

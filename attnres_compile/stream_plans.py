@@ -22,6 +22,7 @@ from attnres_compile.passes.graph_values import (
     value_of,
 )
 from attnres_compile.passes.identify_additions import identify_additions
+from attnres_compile.passes.operations import operation
 from attnres_compile.passes.partition_blocks import layers_of, partition_blocks
 from attnres_compile.plans import PlannedAddition, PlannedStream, Site, Sublayer
 
@@ -123,8 +124,12 @@ def _grouped(
 
 
 def _describe_root(stream: ResidualStream) -> str:
-    node = stream.states[0].node
-    return module_path(node) or node.name
+    first = stream.states[1].addition
+    assert first is not None
+    made_by = first.previous
+    if made_by.op == "placeholder":
+        return "the input"
+    return module_path(made_by) or operation(made_by)
 
 
 def _sites(

@@ -297,13 +297,13 @@ def verdict(contestants: Sequence[Contestant]) -> str:
     error = float(differences.std()) / len(differences) ** 0.5
     outcome = "no clear difference"
     if abs(gain) > 2 * error:
-        outcome = "the converted model is better" if gain > 0 else "the converted model is worse"
+        outcome = f"the converted model is {'ahead' if gain > 0 else 'behind'}"
     return (
-        f"After {last} steps: {outcome} ({gain:+.4f} nats per token, standard error {error:.4f} "
-        f"over {len(differences)} excerpts).\n"
-        "That error covers the choice of held-out text only. This is one short run with one seed "
-        "and no search for learning rates; differences around 0.01 nats are within what another "
-        "seed changes."
+        f"After {last} steps: {outcome} (gain {gain:+.4f} nats per token, standard error "
+        f"{error:.4f} over {len(differences)} excerpts).\n"
+        "That error covers the choice of held-out text only. One short run with one seed and no "
+        "search for learning rates shows how to find out; it does not settle whether this model "
+        "gains."
     )
 
 

@@ -21,6 +21,8 @@ _REASONS = {
     "branch",
     "narrowing-cast": "the carrier passes a narrowing cast between residual additions, which "
     "changes its value; keep the stream in one dtype",
+    "quantised-carrier": "the carrier is quantised between residual additions; keep the stream in "
+    "floating point",
     "scaled-carrier": "the carrier is scaled between residual additions, so block sums do not add "
     "up to it",
     "changed-carrier": "the carrier is changed between residual additions, so block sums do not "
@@ -159,6 +161,8 @@ def _interruption(crossed: list[fx.Node]) -> str:
         return "post-activation"
     if names & ops.DROPOUTS:
         return "dropout"
+    if names & ops.QUANTIZERS:
+        return "quantised-carrier"
     if any(ops.operation(n) in ops.CASTS and not ops.is_value_preserving(n) for n in crossed):
         return "narrowing-cast"
     return "scaled-carrier" if names & {"mul", "div"} else "changed-carrier"

@@ -64,7 +64,7 @@ def find_streams(graph: fx.Graph) -> StreamAnalysis:
     refusals: list[Refusal] = []
     for chain in chains:
         stream = _stream_of(chain, reads)
-        written = _overwritten_state(view, stream)
+        written = _overwritten_source(view, reads, stream)
         if len(stream.sublayers) < 2:
             short.append(chain)
         elif written is not None:
@@ -102,7 +102,8 @@ def _accepted_additions(
             depends = [reads.value_read(part, node) for part in operands]
             residual = any(mixing_path[part] & chain_bit for part in depends)
             independent = not any(any_path[part] & chain_bit for part in depends)
-            if residual and shape_of(operands[0]) == shape_of(node):
+            whole = any(shape_of(part) == shape_of(node) for part in operands)
+            if residual and whole:
                 options.append(Addition(node, previous, position, is_residual=True))
             elif independent and previous in accepted:
                 options.append(Addition(node, previous, position, is_residual=False))
@@ -220,16 +221,46 @@ def _sublayers(states: list[State]) -> tuple[tuple[Addition, ...], ...]:
     return tuple(tuple(sublayer) for sublayer in sublayers if sublayer)
 
 
-def _overwritten_state(view: Dataflow, stream: ResidualStream) -> fx.Node | None:
-    """An in-place write, other than a residual addition, into what a source would be made of."""
-    own = {state.node for state in stream.states}
-    for before, after in zip(stream.states, stream.states[1:], strict=False):
-        written = view.overwritten_between(before.node, after.node)
-        if written is not None and written not in own:
-            return written
+def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) -> fx.Node | None:
+    """A write in place that mixes could not follow.
+
+    Either one into a source (the root or a branch), other than by a residual addition or a reader
+    that will write into its mix; or a residual addition whose result is read through an older
+    view of another shape than a state's (a slice, a transposition).
+    """
     root = stream.states[0].node
-    written = view.overwritten_between(root, None)
-    return written if written is not None and written not in own else None
+    writes = view.writes_between(root, start=root)
+    for state in stream.states[1:]:
+        assert state.addition is not None
+        for part in state.addition.branch:
+            writes += view.writes_between(part, start=state.node)
+    for written in writes:
+        if not _writes_into_mix(view, reads, stream, written):
+            return written
+    return _state_read_through_view(reads, stream)
+
+
+def _writes_into_mix(view: Dataflow, reads: Reads, stream: ResidualStream, written: fx.Node) -> bool:
+    """Whether a write and all who read what it wrote come by a state, in whose place a mix stands.
+
+    Names older than the state lead to the memory of its root or branch, as it was before.
+    """
+    states = [s.node for s in stream.states[1:] if view.order[s.node] <= view.order[written]]
+    if not states or written is states[-1]:
+        return bool(states)
+    later = [read.operand for read in reads.of(written)]
+    if all(read.user is not written for state in stream.states[1:] for read in state.reads):
+        later.append(ops.writes_into(written) or written)
+    return all(view.order[operand] >= view.order[states[-1]] for operand in later)
+
+
+def _state_read_through_view(reads: Reads, stream: ResidualStream) -> fx.Node | None:
+    targets = [ops.writes_into(state.node) or state.node for state in stream.states]
+    whole = {reads.origin(node) for node in targets} | {state.node for state in stream.states}
+    for state in stream.states[1:]:
+        if any(reads.origin(read.operand) not in whole for read in state.reads):
+            return state.node
+    return None
 
 
 def _overwritten_refusal(addition: Addition, written: fx.Node) -> Refusal:

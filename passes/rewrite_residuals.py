@@ -104,7 +104,7 @@ class _StreamWriter:
             if state.reads:
                 self._complete_sublayer()
                 mixed = self._mix(edit, position, state)
-                _redirect_reads(state, mixed)
+                _redirect_reads(edit, state, mixed)
             else:
                 # Who asks for its shape or dtype only may ask the skip as well.
                 skip = edit.cast(state.addition.skip, dtype_of(state.node))
@@ -189,12 +189,14 @@ def _scaled(edit: _Editor, branch: fx.Node, factor: float) -> fx.Node:
     return branch if factor == 1 else edit.call(aten.mul.Tensor, branch, factor)
 
 
-def _redirect_reads(state: State, mixed: fx.Node) -> None:
+def _redirect_reads(edit: _Editor, state: State, mixed: fx.Node) -> None:
     """Every reader of the state reads the mix; so do readers of memory it was written into."""
     stale = [read for read in state.reads if _is_older(read.operand, state.node)]
     state.node.replace_all_uses_with(mixed)
     for read in stale:
-        read.user.replace_input_with(read.operand, mixed)
+        same = shape_of(read.operand) == shape_of(mixed)
+        viewed = mixed if same else edit.call(aten.reshape_as.default, mixed, read.operand)
+        read.user.replace_input_with(read.operand, viewed)
 
 
 def _is_older(node: fx.Node, than: fx.Node) -> bool:
@@ -206,9 +208,10 @@ def _evaluate(node: fx.Node) -> Any:
     args = fx.node.map_arg(node.args, value_of)
     kwargs = fx.node.map_arg(node.kwargs, value_of)
     assert callable(node.target)
-    # The mode of the values themselves: the ambient one may be another's.
+    # The mode of the values themselves: the ambient one may be another's. Without gradients, or
+    # the user's hooks on saved tensors would be called with fake ones.
     fakes = [leaf for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)]
-    with fakes[0].fake_mode if fakes else nullcontext():
+    with torch.no_grad(), fakes[0].fake_mode if fakes else nullcontext():
         return node.target(*args, **kwargs)
 
 

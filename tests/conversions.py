@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -173,11 +173,13 @@ def converted_tower(**options: Any) -> Any:
     return convert_randomized(tower(), (tower_inputs(),), config=config, **options)
 
 
-def tower_oracle(converted: Any, x: Tensor) -> Tensor:
+def tower_oracle(
+    converted: Any, x: Tensor, num_blocks: int | Literal["auto"] = NUM_BLOCKS
+) -> Tensor:
     """The formula, for the weights and queries of a converted tower."""
     width = converted.stem.out_features
     stream = OracleStream("layers", width, len(converted.layers), 1)
-    mixer = BlockMixer(stream, converted.stem(x), Mixing(sites_of(converted), NUM_BLOCKS), {})
+    mixer = BlockMixer(stream, converted.stem(x), Mixing(sites_of(converted), num_blocks), {})
     for layer in converted.layers:
         mixer.add(layer.linear(layer.norm(mixer.read())))
     return converted.head(converted.norm(mixer.read()))

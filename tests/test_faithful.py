@@ -41,11 +41,23 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
     ],
 )
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        # float64 tells most; the same matrix in float32 takes as long again
+        pytest.param(torch.float64, id="float64"),
+        pytest.param(torch.float32, id="float32", marks=pytest.mark.slow),
+    ],
+)
 def test_random_queries_equal_the_oracle(
     case: OracleCase, layout: dict[str, int], aggregate: Aggregate, dtype: torch.dtype
 ) -> None:
     compare_with_oracle(case, {"aggregate": aggregate, **layout}, dtype)
+
+
+@every_case
+def test_float32_equals_the_oracle(case: OracleCase) -> None:
+    compare_with_oracle(case, {"num_blocks": 3}, torch.float32)
 
 
 def test_default_options_equal_the_oracle() -> None:

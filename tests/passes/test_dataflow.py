@@ -79,9 +79,11 @@ def test_a_write_in_place_is_an_edge_to_later_readers_of_the_same_memory() -> No
     assert view.writers == {nodes["f"]: [writer]}
     assert writer in view.flow.predecessors(nodes["norm"])
     assert writer not in view.flow.predecessors(nodes["g"])
-    assert view.overwritten_between(nodes["f"], None) is writer
-    assert view.overwritten_between(nodes["f"], nodes["g"]) is None
-    assert view.overwritten_between(writer, None) is None
+    made = nodes["f"]
+    assert view.writes_between(made, start=made) == [writer]
+    assert view.writes_between(made, start=made, end=nodes["g"]) == []
+    assert view.writes_between(made, start=writer) == []
+    assert view.writes_between(nodes["g"], start=made) == []
 
 
 ORIGIN_IS_X = {
@@ -158,12 +160,12 @@ def test_a_copy_keeps_the_value_it_was_made_from() -> None:
         state = m.f(x)
         copied = state.double()
         state.add_(m.g(state))
-        return m.h.weight.double() @ copied.mT
+        return m.h.weight.double() @ copied.transpose(1, 2)
 
     for body, user, value in (
         (early, "h", "f"),
         (late, "h", "add_"),
-        (widened, "matmul", "f"),
+        (widened, "transpose", "f"),
     ):
         view, nodes = view_of(body)
         reads = Reads(view)

@@ -588,3 +588,60 @@ def test_a_buffer_that_is_written_is_no_part_of_the_stream() -> None:
 def test_images_are_streams_too() -> None:
     found = analyse(twice(lambda m, x: x + m.conv(F.relu(x))), images())
     assert depths(found) == [2]
+
+
+def test_an_older_view_of_another_shape_read_after_an_in_place_addition_is_refused() -> None:
+    def through(view: Body) -> Body:
+        def body(m: Any, x: Tensor) -> Tensor:
+            x = m.h(x)
+            older = view(m, x)
+            x.add_(m.f(x))
+            read = older.softmax(-1).sum()
+            x.add_(m.g(x))
+            return m.norm(x) + read
+
+        return body
+
+    for view in (lambda m, x: x[:, 0], lambda m, x: x.transpose(1, 2), lambda m, x: x.narrow(1, 0, 2)):
+        assert refused(analyse(through(view))) == ["overwritten", "overwritten"]
+    for view in (lambda m, x: x, lambda m, x: x.view(-1, 8), lambda m, x: x[:, 0].clone()):
+        assert depths(analyse(through(view))) == [2]
+
+
+def test_a_branch_overwritten_after_its_addition_is_refused() -> None:
+    def after(m: Any, x: Tensor) -> Tensor:
+        branch = m.f(x)
+        x = x + branch
+        read = m.norm(x)
+        branch.zero_()
+        return x + m.g(read)
+
+    def before(m: Any, x: Tensor) -> Tensor:
+        branch = m.f(x)
+        branch.mul_(m.scale)
+        x = x + branch
+        return x + m.g(m.norm(x))
+
+    found = analyse(after, route="dynamo")
+    assert refused(found) == ["overwritten", "overwritten"]
+    assert "by 'zero' at test_find_streams.py:" in found.refusals[0].reason
+    assert depths(analyse(before)) == [2]
+
+
+def test_a_reader_may_write_into_what_it_reads() -> None:
+    def by_the_new_name(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        x += m.f(m.norm(x))
+        x += m.g(m.norm(x))
+        return F.relu(x, inplace=True)
+
+    def by_an_old_name(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        x.add_(m.f(m.norm(x)))
+        x.add_(m.g(m.norm(x)))
+        F.relu(x, inplace=True)
+        return m.norm(x)
+
+    assert depths(analyse(by_the_new_name, route="dynamo")) == [2]
+    # After the rewrite the old name is the root, into which the activation writes no more.
+    assert refused(analyse(by_an_old_name, route="dynamo")) == ["overwritten", "overwritten"]
