@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -80,14 +79,22 @@ def _copied_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _marked_twin(config: Any) -> Any:
-    twin = object.__new__(_marked_class(type(config)))
+    twin: Any = object.__new__(_marked_class(type(config)))
     object.__setattr__(twin, "__dict__", vars(config))
     object.__setattr__(twin, "_attnres_plain", config)
     return twin
 
 
-@functools.cache
+_CLASSES: dict[type, type] = {}
+
+
 def _marked_class(base: type) -> type:
+    if base not in _CLASSES:
+        _CLASSES[base] = _make_marked_class(base)
+    return _CLASSES[base]
+
+
+def _make_marked_class(base: type) -> type:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__slots__": ()}
     return type(base.__name__, (_Marked, base), {**names, "__doc__": base.__doc__})
 
@@ -110,7 +117,7 @@ INSTALLED = "_output_capturing_hooks_installed"
 
 @contextlib.contextmanager
 def recording_outputs(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Has transformers' recording hooks in place for a call that asks for hidden states or the like.
+    """Has transformers' recording hooks in place for a call that asks for hidden states.
 
     The library installs them at the first such call, under a lock that cannot be traced. Here they
     go again after the call: layers are shared with the original, which would install its own and

@@ -19,14 +19,11 @@ from attnres_compile.passes.classify_readers import (
 )
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_existing import find_existing
-from attnres_compile.passes.find_streams import (
-    Refusal,
-    ResidualStream,
-    find_streams,
-)
+from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import (
     ModuleCall,
 )
+from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.plans import (
     ConversionPlan,
     PlannedAddition,

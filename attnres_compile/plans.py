@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import NothingToConvertError
 from attnres_compile.passes.classify_readers import Reader
-from attnres_compile.passes.find_streams import Refusal
 from attnres_compile.passes.rewrite_residuals import MixLayout
+from attnres_compile.passes.streams import Refusal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,11 +17,12 @@ from attnres_compile.capture import annotate_dynamo, annotate_export
 from attnres_compile.errors import MismatchError
 from attnres_compile.layout import OwnerLayout, StreamLayout
 from attnres_compile.module import live_owner, live_owners
-from attnres_compile.passes.find_streams import ResidualStream, find_streams
+from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import module_path
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
+from attnres_compile.passes.streams import ResidualStream
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from attnres_compile.config import AttnResConfig
 from attnres_compile.passes.classify_readers import Reader, classify_readers
-from attnres_compile.passes.find_streams import Refusal, ResidualStream
 from attnres_compile.passes.graph_values import (
     ModuleCall,
     dtype_of,
@@ -24,6 +23,7 @@ from attnres_compile.passes.graph_values import (
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.operations import operation
 from attnres_compile.passes.partition_blocks import layers_of, partition_blocks
+from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.plans import PlannedAddition, PlannedStream, Site, Sublayer
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

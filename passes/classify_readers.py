@@ -23,8 +23,9 @@ from heapq import heappop, heappush
 from torch import fx
 
 from attnres_compile.passes import operations as ops
-from attnres_compile.passes.find_streams import Read, ResidualStream, State
+from attnres_compile.passes.dataflow import Read
 from attnres_compile.passes.graph_values import is_tensor, module_path, shape_of, source_line
+from attnres_compile.passes.streams import ResidualStream, State
 
 _LARGEST_EPS = 1e-2
 _REDUCTIONS = frozenset(

@@ -17,6 +17,8 @@ _REASONS = {
     "do not add up to it",
     "post-activation": "post-activation: the carrier passes an activation between residual "
     "additions, so block sums do not add up to it",
+    "clamped-carrier": "the carrier is clamped between residual additions (in T5, to float16's "
+    "range); use a dtype that needs no clamp",
     "dropout": "the carrier passes dropout between residual additions; dropout belongs on the "
     "branch",
     "narrowing-cast": "the carrier passes a narrowing cast between residual additions, which "
@@ -157,6 +159,8 @@ def _interruption(crossed: list[fx.Node]) -> str:
     names = {ops.operation(node) for node in crossed}
     if names & ops.NORMS or any(_multiplies_by_statistic(node) for node in crossed):
         return "post-norm"
+    if names & ops.CLAMPS:
+        return "clamped-carrier"
     if names & ops.ACTIVATIONS:
         return "post-activation"
     if names & ops.DROPOUTS:

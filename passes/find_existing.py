@@ -12,8 +12,8 @@ from torch import fx
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
-from attnres_compile.passes.find_streams import Refusal
 from attnres_compile.passes.graph_values import is_tensor, module_path, shape_of, source_line
+from attnres_compile.passes.streams import Refusal
 
 _ATTENTION = frozenset(
     "softmax _softmax scaled_dot_product_attention _scaled_dot_product_flash_attention"

@@ -21,27 +21,16 @@ from collections import defaultdict
 from torch import fx
 
 from attnres_compile.passes import operations as ops
-from attnres_compile.passes.dataflow import Dataflow, Reads
+from attnres_compile.passes.dataflow import Dataflow, Read, Reads
 from attnres_compile.passes.explain_refusals import explain_altered_skips, explain_short_chains
 from attnres_compile.passes.graph_values import dtype_of, module_path, shape_of, source_line
 from attnres_compile.passes.streams import (
     Addition,
-    Read,
     Refusal,
     ResidualStream,
     State,
     StreamAnalysis,
 )
-
-__all__ = [
-    "Addition",
-    "Read",
-    "Refusal",
-    "ResidualStream",
-    "State",
-    "StreamAnalysis",
-    "find_streams",
-]
 
 
 def find_streams(graph: fx.Graph) -> StreamAnalysis:
@@ -240,7 +229,9 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
     return _state_read_through_view(reads, stream)
 
 
-def _writes_into_mix(view: Dataflow, reads: Reads, stream: ResidualStream, written: fx.Node) -> bool:
+def _writes_into_mix(
+    view: Dataflow, reads: Reads, stream: ResidualStream, written: fx.Node
+) -> bool:
     """Whether a write and all who read what it wrote come by a state, in whose place a mix stands.
 
     Names older than the state lead to the memory of its root or branch, as it was before.

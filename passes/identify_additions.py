@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from attnres_compile.passes.find_streams import ResidualStream
 from attnres_compile.passes.graph_values import module_path
+from attnres_compile.passes.streams import ResidualStream
 
 Identity = tuple[str, int]
 

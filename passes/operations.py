@@ -69,8 +69,9 @@ PROJECTIONS = frozenset(
 """Operators that multiply by a matrix: of weights, or of attention."""
 ACTIVATIONS = frozenset(
     "relu relu6 gelu silu mish elu celu selu leaky_relu prelu hardswish hardtanh hardsigmoid tanh"
-    " sigmoid softplus softsign logsigmoid threshold clamp clamp_min clamp_max glu".split()
+    " sigmoid softplus softsign logsigmoid threshold glu".split()
 )
+CLAMPS = frozenset("clamp clamp_min clamp_max clip".split())
 QUANTIZERS = frozenset(
     "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor"
     " quantize_per_channel dequantize quantize_affine dequantize_affine".split()
@@ -91,6 +92,7 @@ _POINTWISE_EXTRA = (
     | SLICES
     | DROPOUTS
     | QUANTIZERS
+    | CLAMPS
     | {"detach", "drop_path", "stochastic_depth", "glu", "where", "square", "prelu", "real", "imag"}
 )
 _OPERATOR_NAMES = {

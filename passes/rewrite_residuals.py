@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from attnres_compile.kernels import ops as kernel_ops  # noqa: F401  registers attnres::mix
 from attnres_compile.passes import operations as ops
-from attnres_compile.passes.find_streams import Addition, ResidualStream, State
 from attnres_compile.passes.graph_values import MODULE_CALLS, dtype_of, shape_of, value_of
 from attnres_compile.passes.inline_checkpoints import REGION
+from attnres_compile.passes.streams import Addition, ResidualStream, State
 
 aten = torch.ops.aten
 _PROVENANCE = (MODULE_CALLS, REGION, "nn_module_stack", "stack_trace", "source_fn_stack")

@@ -130,10 +130,7 @@ class Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for layer in self.layers:
-            if self.checkpointing:
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
         return self.head(self.norm(x))
 
     def features(self, x: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from attnres_compile.config import AttnResConfig
 from attnres_compile.passes.classify_readers import channel_dimension
-from attnres_compile.passes.find_streams import ResidualStream, find_streams
+from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import dtype_of, shape_of, value_of
 from attnres_compile.passes.partition_blocks import partition_blocks
 from attnres_compile.passes.rewrite_residuals import MixLayout, rewrite_residuals
+from attnres_compile.passes.streams import ResidualStream
 from attnres_compile.stream_plans import num_sources
 from passes_helpers import Body, trace
 

@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 def captured(model: nn.Module, run: Callable[[fx.GraphModule], Any], x: Tensor) -> Tensor:
-    """A model compiled by a backend that hands Dynamo's graph to `run`, which returns a callable."""
+    """A model compiled by a backend that hands Dynamo's graph to `run` for a callable."""
 
     def backend(module: fx.GraphModule, inputs: list[Tensor]) -> Any:
         return run(module)

@@ -93,7 +93,9 @@ ORIGIN_IS_X = {
     "no-op cast": lambda m, x: x.to(torch.float32),
     "reshapes": lambda m, x: x.view(-1, 8).unflatten(0, (2, 4)).unsqueeze(0),
     "transposition undone": lambda m, x: x.transpose(1, 2).permute(0, 2, 1),
-    "three transpositions undone": lambda m, x: x.permute(1, 2, 0).permute(1, 2, 0).permute(1, 2, 0),
+    "three transpositions undone": lambda m, x: (
+        x.permute(1, 2, 0).permute(1, 2, 0).permute(1, 2, 0)
+    ),
     "cast inside a transposition": lambda m, x: x.transpose(1, 2).double().transpose(-1, -2),
 }
 ORIGIN_IS_NOT_X = {
@@ -101,7 +103,9 @@ ORIGIN_IS_NOT_X = {
     "there and back": lambda m, x: x.half().float(),
     "transposition": lambda m, x: x.transpose(1, 2),
     "other transposition": lambda m, x: x.transpose(1, 2).transpose(0, 1),
-    "reshape between transpositions": lambda m, x: x.transpose(1, 2).reshape(2, 4, 8).transpose(1, 2),
+    "reshape between transpositions": lambda m, x: (
+        x.transpose(1, 2).reshape(2, 4, 8).transpose(1, 2)
+    ),
     "slice": lambda m, x: x[:, 1:],
     "scaling": lambda m, x: x * 1.0,
     "dropout": lambda m, x: torch.nn.functional.dropout(x, 0.0),

@@ -602,7 +602,11 @@ def test_an_older_view_of_another_shape_read_after_an_in_place_addition_is_refus
 
         return body
 
-    for view in (lambda m, x: x[:, 0], lambda m, x: x.transpose(1, 2), lambda m, x: x.narrow(1, 0, 2)):
+    for view in (
+        lambda m, x: x[:, 0],
+        lambda m, x: x.transpose(1, 2),
+        lambda m, x: x.narrow(1, 0, 2),
+    ):
         assert refused(analyse(through(view))) == ["overwritten", "overwritten"]
     for view in (lambda m, x: x, lambda m, x: x.view(-1, 8), lambda m, x: x[:, 0].clone()):
         assert depths(analyse(through(view))) == [2]

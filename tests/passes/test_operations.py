@@ -62,7 +62,7 @@ def test_every_route_has_the_same_names(route: str) -> None:
 
 def test_nodes_that_compute_nothing_have_their_opcode() -> None:
     nodes = list(trace(lambda m, x: x * m.scale).graph.nodes)
-    assert [ops.operation(n) for n in nodes if not n.op.startswith("call")][0] == "placeholder"
+    assert next(ops.operation(n) for n in nodes if not n.op.startswith("call")) == "placeholder"
     assert ops.operation(nodes[-1]) == "output"
 
 

@@ -25,7 +25,9 @@ def pre_norm(m: Any, x: Tensor) -> Tensor:
 def test_golden_full() -> None:
     """Every sublayer is a source; the root is read as it is; no addition is left."""
     rewritten = rewrite(pre_norm)
-    assert_expected_inline(text(rewritten.after.graph), """\
+    assert_expected_inline(
+        text(rewritten.after.graph),
+        """\
 norm = self.norm(x)
 f = self.f(norm)
 mix_default = mix([x, f], query_0_1, gain_0_1, 1e-06, True, -1)
@@ -36,7 +38,8 @@ mix_default_1 = mix([x, f, g], query_0_2, gain_0_2, 1e-06, True, -1)
 getitem_1 = getitem(mix_default_1, 0)
 norm_2 = self.norm(getitem_1)
 h = self.h(norm_2)
-return h""")
+return h""",
+    )
     assert_expected_inline(str(dict(rewritten.inserted)), """{'mix': 2, 'getitem': 2}""")
     assert_expected_inline(str(rewritten.removed), """['add', 'add_1']""")
 
@@ -50,7 +53,9 @@ def test_golden_blocks() -> None:
         return x
 
     rewritten = rewrite(body, config=AttnResConfig(num_blocks=2, aggregate="mean"))
-    assert_expected_inline(text(rewritten.after.graph), """\
+    assert_expected_inline(
+        text(rewritten.after.graph),
+        """\
 f = self.f(x)
 mix_default = mix([x, f], query_0_1, gain_0_1, 1e-06, False, -1)
 getitem = getitem(mix_default, 0)
@@ -65,7 +70,8 @@ f_1 = self.f(getitem_2)
 add_tensor_1 = add(h, f_1)
 mix_default_3 = mix([x, add_tensor, add_tensor_1], query_0_4, gain_0_4, 1e-06, False, -1)
 getitem_3 = getitem(mix_default_3, 0)
-return getitem_3""")
+return getitem_3""",
+    )
     assert_expected_inline(str(dict(rewritten.inserted)), """{'mix': 4, 'getitem': 4, 'add': 2}""")
 
 
@@ -79,7 +85,9 @@ def test_golden_parallel_absorbed_and_scaled() -> None:
         return torch.add(x, m.h(m.norm(x)), alpha=0.5)
 
     rewritten = rewrite(body)
-    assert_expected_inline(text(rewritten.after.graph), """\
+    assert_expected_inline(
+        text(rewritten.after.graph),
+        """\
 norm = self.norm(x)
 f = self.f(norm)
 g = self.g(norm)
@@ -94,7 +102,8 @@ h = self.h(norm_1)
 mul_tensor_1 = mul(h, 0.5)
 mix_default_1 = mix([x, add_tensor_1, mul_tensor_1], query_0_4, gain_0_4, 1e-06, True, -1)
 getitem_1 = getitem(mix_default_1, 0)
-return getitem_1""")
+return getitem_1""",
+    )
 
 
 # Every shape of a stream, evaluated: sources sum to the state, and zero queries change nothing.
