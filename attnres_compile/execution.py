@@ -24,10 +24,14 @@ from attnres_compile.module import UNCONVERTED, Owner, declare
 from attnres_compile.passes.outline_checkpoints import outline_checkpoints
 from attnres_compile.rewriting import rewrite_dynamo_graph
 
-_COMPILED: weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]] = (
+_COMPILED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, bool], Callable[..., Any]]] = (
     weakref.WeakKeyDictionary()
 )
 _NUMBER = itertools.count()
+_DYNAMO_ERRORS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+)
 
 
 def run_converted(owner: Owner, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -41,7 +45,7 @@ def run_converted(owner: Owner, method: str, args: tuple[Any, ...], kwargs: dict
     with tracing(owner, kwargs), _unwatched():
         try:
             return _compiled(owner, method)(owner, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except _DYNAMO_ERRORS as error:
             _explain(owner, error)
 
 
@@ -119,9 +123,11 @@ def _unwatched() -> Iterator[None]:
 
 def _compiled(owner: Owner, method: str) -> Callable[..., Any]:
     functions = _COMPILED.setdefault(owner, {})
-    if method not in functions:
-        functions[method] = _compile(owner, method)
-    return functions[method]
+    # Dynamo traces the hooks of all modules where there are some, but does not look for new ones.
+    key = (method, bool(nn.modules.module._has_any_global_hook()))
+    if key not in functions:
+        functions[key] = _compile(owner, method)
+    return functions[key]
 
 
 def _compile(owner: Owner, method: str) -> Callable[..., Any]:

@@ -11,13 +11,14 @@ from attnres_compile.errors import InputError
 
 _BATCH, _LENGTH = 2, 8
 _IMAGE = 64  # pixels a side, for convolutional models that take any size
+_TRAINED, _FRAMES = 224, 16  # pixels a side, frames: what torchvision's models were trained on
 
 
 def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs for one call of a model, on its device.
 
     Known: transformers (from the config), timm (``pretrained_cfg``), torchvision (``image_size``
-    or 64 pixels), and modules whose first layers tell their input (FX-traceable ones).
+    or 224 pixels), and modules whose first layers tell their input (FX-traceable ones).
 
     Raises:
         InputError: nothing is known of the model; says what to pass.
@@ -53,29 +54,49 @@ def _transformers_inputs(model: nn.Module) -> Inputs | None:
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
         return None
-    kwargs: dict[str, Any] = {main: _transformers_input(main, config)}
-    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
-        kwargs["decoder_input_ids"] = _token_ids(config)
-    if hasattr(config, "use_cache") and not getattr(config, "is_encoder_decoder", False):
+    value = _transformers_input(main, config)
+    if value is None:
+        return None
+    kwargs: dict[str, Any] = {main: value}
+    if main == "input_ids" and hasattr(model, "text_model") and hasattr(model, "vision_model"):
+        kwargs["pixel_values"] = _images(config)  # CLIP and its like compare both
+    if getattr(config, "is_encoder_decoder", False):
+        if hasattr(model, "get_decoder") and _token_ids(config) is not None:
+            kwargs["decoder_input_ids"] = _token_ids(config)
+    elif hasattr(config, "use_cache"):
         kwargs["use_cache"] = False
     return (), kwargs
 
 
-def _transformers_input(name: str, config: Any) -> Tensor:
+def _transformers_input(name: str, config: Any) -> Tensor | None:
     if name == "pixel_values":
-        size = _side(getattr(config, "image_size", _IMAGE))
-        return torch.randn(_BATCH, getattr(config, "num_channels", 3), *size)
+        return _images(config)
     if name == "input_features":
+        if hasattr(config, "input_feat_per_channel"):
+            return torch.randn(_BATCH, 32, config.input_feat_per_channel)
         frames = 2 * getattr(config, "max_source_positions", 50)
         return torch.randn(_BATCH, getattr(config, "num_mel_bins", 80), frames)
     if name == "input_values":
-        return torch.randn(_BATCH, 4000)
-    return _token_ids(config)
+        if hasattr(config, "num_mel_bins"):
+            return torch.randn(_BATCH, config.max_length, config.num_mel_bins)
+        channels = [config.audio_channels] if hasattr(config, "audio_channels") else []
+        return torch.randn(_BATCH, *channels, 4000)
+    return _token_ids(config) if name == "input_ids" else None
 
 
-def _token_ids(config: Any) -> Tensor:
+def _images(config: Any) -> Tensor:
+    """Images, or videos where the config counts frames; of a composite config, its image part's."""
+    parts = [getattr(config, part, None) for part in ("vision_config", "encoder")]
+    config = next((c for c in (config, *parts) if hasattr(c, "image_size")), config)
+    frames = [config.num_frames] if hasattr(config, "num_frames") else []
+    size = _side(getattr(config, "image_size", _IMAGE))
+    return torch.randn(_BATCH, *frames, getattr(config, "num_channels", 3), *size)
+
+
+def _token_ids(config: Any) -> Tensor | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return torch.randint(0, int(text.vocab_size), (_BATCH, _LENGTH))
+    words = getattr(text, "vocab_size", None)
+    return None if words is None else torch.randint(0, int(words), (_BATCH, _LENGTH))
 
 
 def _side(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
@@ -83,20 +104,27 @@ def _side(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
 
 def _timm_inputs(model: nn.Module) -> Inputs | None:
-    configured = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if not type(model).__module__.startswith("timm.") or not configured:
+    if not type(model).__module__.startswith("timm."):
         return None
-    channels, *size = configured.get("input_size", (3, 224, 224))
+    configured = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    channels, *size = configured.get("input_size", (_image_channels(model), _IMAGE, _IMAGE))
     embedding = getattr(model, "patch_embed", None)
     size = list(getattr(embedding, "img_size", None) or size)
     return (torch.randn(_BATCH, channels, *size),), {}
 
 
+def _image_channels(model: nn.Module) -> int:
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return next((convolution.in_channels for convolution in convolutions), 3)
+
+
 def _torchvision_inputs(model: nn.Module) -> Inputs | None:
     if not type(model).__module__.startswith("torchvision.models"):
         return None
-    size = _side(getattr(model, "image_size", _IMAGE))
-    return (torch.randn(_BATCH, 3, *size),), {}
+    size = _side(getattr(model, "image_size", _TRAINED))
+    frames = [_FRAMES] if ".video." in type(model).__module__ else []
+    images = torch.randn(_BATCH, 3, *frames, *size)
+    return (images, images) if type(model).__name__ == "RAFT" else (images,), {}
 
 
 def _traced_inputs(model: nn.Module) -> Inputs | None:

@@ -123,6 +123,7 @@ def _rewrite(module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Nod
     streams = find_streams(graph).streams
     outermost = [m for i, m in enumerate(declared) if not any(_within(m, o) for o in declared[:i])]
     matches = [match for marker in outermost for match in _matched(marker, streams, enter)]
+    _check_no_second_call([m.node for m in declared if m not in outermost], streams, matches)
     # New nodes get example values; saved-tensor hooks of the user's are not to see these.
     with torch.no_grad():
         for match in matches:
@@ -138,6 +139,26 @@ def _within(marker: _Marker, outer: _Marker) -> bool:
     """Whether a method declared once more what the call around it had declared."""
     calls, calls_around = (m.node.meta.get("nn_module_stack") or {} for m in (marker, outer))
     return marker.parameters == outer.parameters and set(calls_around) <= set(calls)
+
+
+def _check_no_second_call(
+    inner: list[fx.Node], streams: tuple[ResidualStream, ...], matches: list[_Match]
+) -> None:
+    """A method that declares after the stream is through, and runs its layers again, was not within."""
+    rewritten = {id(match.stream) for match in matches}
+    rest = [stream for stream in streams if id(stream) not in rewritten]
+    for node in inner:
+        through = [_layers(m.stream) for m in matches if m.stream.additions[-1].node < node]
+        again = [s for s in rest if node < s.additions[0].node and _layers(s) in through]
+        if again:
+            raise MismatchError(
+                "a method of a converted model is called more than once in this graph, and its "
+                "calls cannot be told apart; call it outside of torch.compile."
+            )
+
+
+def _layers(stream: ResidualStream) -> list[str]:
+    return [module_path(addition.node) for addition in stream.additions]
 
 
 def _read(node: fx.Node) -> _Marker:

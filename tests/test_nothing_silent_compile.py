@@ -6,7 +6,6 @@ The queries are random, so that the unconverted network's output is far away; ev
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -112,11 +111,15 @@ class TestOuterCompile:
             compiled(converted, "attnres")(tower_inputs())
         assert "MismatchError" in str(raised.value)
 
-    @pytest.mark.parametrize("method", ["features", "first_features"])
-    def test_another_method_in_our_backend_raises(self, method: str) -> None:
+    def test_another_method_in_our_backend(self) -> None:
+        """Dynamo tells whose method it is where the method itself is compiled."""
         converted = converted_tower()
+        features = compiled(converted.features, "attnres", fullgraph=True)
+        assert_exact(converted, run=lambda x: converted.head(features(x)))
+        with pytest.raises(Exception, match="plan has 4 residual additions, this call .* has 2"):
+            compiled(converted.first_features, "attnres")(tower_inputs())
         with pytest.raises(Exception, match=re.escape(METHOD_OR_BREAK)):
-            compiled(getattr(converted, method), "attnres")(tower_inputs())
+            compiled(Features(converted), "attnres")(tower_inputs())
 
     def test_a_method_without_layers_is_left_alone(self) -> None:
         converted = converted_tower()
@@ -156,7 +159,7 @@ class TestSwitchedOffCompilation:
 
     def test_all_of_dynamo_switched_off_raises(self) -> None:
         converted = converted_tower()
-        nothing = "^Tower: the call computed nothing that can be traced"
+        nothing = "^Tower could not be captured as one graph: .*found no compiled frames"
         with torch._dynamo.config.patch(disable=True):
             with pytest.raises(UnconvertedPathError, match=UNCONVERTED):
                 converted(tower_inputs())
@@ -304,6 +307,8 @@ class TestHooks:
             handle.remove()
         assert error(output, tower_oracle(converted, tower_inputs())) < EXACT
         assert seen.count("Linear") == 6
+        assert_exact(converted)
+        assert len(seen) == seen.index("Tower") + 1  # none after the handle was removed
 
     def test_backward_hooks_in_the_stream_raise(self) -> None:
         converted = converted_tower()
