@@ -26,7 +26,8 @@ def infer_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for infer in (_transformers_inputs, _timm_inputs, _torchvision_inputs, _traced_inputs):
-        inputs = infer(model)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            inputs = infer(model)
         if inputs is None:
             continue
         args, kwargs = inputs
@@ -108,8 +109,8 @@ def _timm_inputs(model: nn.Module) -> Inputs | None:
         return None
     configured = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     channels, *size = configured.get("input_size", (_image_channels(model), _IMAGE, _IMAGE))
-    embedding = getattr(model, "patch_embed", None)
-    size = list(getattr(embedding, "img_size", None) or size)
+    told = (getattr(module, "img_size", None) for module in model.modules())
+    size = next((list(_side(side)) for side in told if side), size)
     return (torch.randn(_BATCH, channels, *size),), {}
 
 
@@ -155,8 +156,10 @@ def _value_for(model: nn.Module, placeholder: fx.Node) -> Tensor | None:
             return torch.randn(_BATCH, _LENGTH, layer.in_features)
         if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
             return torch.randn(_BATCH, _LENGTH, *layer.normalized_shape)
-        if isinstance(layer, nn.Conv2d):
-            return torch.randn(_BATCH, layer.in_channels, _IMAGE, _IMAGE)
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return torch.randn(_BATCH, layer.in_channels, *[_IMAGE] * len(layer.kernel_size))
         if isinstance(layer, nn.BatchNorm2d):
             return torch.randn(_BATCH, layer.num_features, _IMAGE // 4, _IMAGE // 4)
+        if isinstance(layer, nn.GroupNorm):
+            return torch.randn(_BATCH, layer.num_channels, _IMAGE // 4, _IMAGE // 4)
     return None

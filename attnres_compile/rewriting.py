@@ -96,12 +96,15 @@ def _owner_of(module: fx.GraphModule, layout: str) -> nn.Module | None:
     """The owner whose own forward a whole graph is: it called these modules, by this layout.
 
     That is ``torch.compile(converted)`` where the model itself is the owner, which Dynamo enters
-    without a call of it.
+    without a call of it. Nothing where the graph holds parts of several models.
     """
     keys = {k for node in module.graph.nodes for k in node.meta.get("nn_module_stack") or {}}
     called = {key.split("@")[0] for key in keys}
-    fitting = (o for o in live_owners() if o.attnres.encoded_layout == layout)
-    return next((o for o in fitting if called & {str(id(m)) for m in o.modules()}), None)
+    fitting = [o for o in live_owners() if o.attnres.encoded_layout == layout]
+    parts = {o: frozenset(called & {str(id(m)) for m in o.modules()}) for o in fitting}
+    owners = [owner for owner, part in parts.items() if part]
+    # owners with the same parts were converted from one model
+    return owners[0] if len({parts[owner] for owner in owners}) == 1 else None
 
 
 def _inside(call: str) -> Callable[[fx.Node], bool]:
@@ -144,17 +147,19 @@ def _within(marker: _Marker, outer: _Marker) -> bool:
 def _check_no_second_call(
     inner: list[fx.Node], streams: tuple[ResidualStream, ...], matches: list[_Match]
 ) -> None:
-    """A method that declares after the stream is through, and runs its layers again, was not within."""
+    """A method that declares after the stream is through, and runs it again, was not within."""
     rewritten = {id(match.stream) for match in matches}
     rest = [stream for stream in streams if id(stream) not in rewritten]
+    ambiguous = len(rewritten) < len(matches)
     for node in inner:
         through = [_layers(m.stream) for m in matches if m.stream.additions[-1].node < node]
-        again = [s for s in rest if node < s.additions[0].node and _layers(s) in through]
-        if again:
-            raise MismatchError(
-                "a method of a converted model is called more than once in this graph, and its "
-                "calls cannot be told apart; call it outside of torch.compile."
-            )
+        again = (s for s in rest if node < s.additions[0].node)
+        ambiguous = ambiguous or any(_layers(stream) in through for stream in again)
+    if ambiguous:
+        raise MismatchError(
+            "a method of a converted model is called more than once in this graph, and its calls "
+            "cannot be told apart; call it outside of torch.compile."
+        )
 
 
 def _layers(stream: ResidualStream) -> list[str]:

@@ -69,9 +69,10 @@ READERS = {
     "t5": (14, 0),  # 2 per encoder layer, 3 per decoder layer, 2 final ones
     "vit": (7, 0),
     "mamba": (5, 0),
-    # A convolution per block and a norm in each of 3 downsamplings; pooling and output at the end.
-    "convnext": (3, 11),
-    "torchvision_convnext": (3, 7),  # ... where pooling leads to a norm
+    # A convolution per block and a norm in each of 3 downsamplings; at the end the output, and a
+    # norm behind the pooling.
+    "convnext": (4, 10),
+    "torchvision_convnext": (3, 7),  # a block of 7 and 2 downsamplings; norm behind the pooling
     "preact_resnet": (0, 7),  # batch norm: 3 + 1 in the first stage, 2 + 1 in the second
     # Queries, keys, values, gate and up-projection read the state itself, 4 layers; a final norm.
     "olmo2": (1, 20),
