@@ -124,7 +124,7 @@ def _unwatched() -> Iterator[None]:
 def _compiled(owner: Owner, method: str) -> Callable[..., Any]:
     functions = _COMPILED.setdefault(owner, {})
     # Dynamo traces the hooks of all modules where there are some, but does not look for new ones.
-    key = (method, bool(nn.modules.module._has_any_global_hook()))
+    key = (method, bool(nn.modules.module._has_any_global_hook()))  # type: ignore[no-untyped-call]
     if key not in functions:
         functions[key] = _compile(owner, method)
     return functions[key]
