@@ -110,7 +110,7 @@ def test_a_part_of_the_layers_raises() -> None:
 
 
 def test_a_generator_over_the_layers_raises() -> None:
-    with pytest.raises(CaptureError, match="^ManyWays could not be captured as one graph"):
+    with pytest.raises(CaptureError, match=r"^ManyWays could not be captured as one graph"):
         next(converted_ways().states(tower_inputs()))
 
 
