@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def run_method(
     layout = owner.attnres.layout
     if name in layout.methods:
         return run_converted(owner, name, args, kwargs)
-    if _WATCHED:
+    if _watched.parts:
         return function(owner, *args, **kwargs)
     try:
         with _watching(_parts(owner, layout.layers)):
@@ -86,39 +87,42 @@ class _ReachedLayer(BaseException):
     """
 
 
-_WATCHED: list[set[nn.Module]] = []
+class _Watched(threading.local):
+    """What the watched methods of this thread may not run, by the id of the hook that stops it."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, set[nn.Module]] = {}
+
+
+_watched = _Watched()
 
 
 @contextlib.contextmanager
-def _watching(layers: set[nn.Module]) -> Iterator[None]:
+def _watching(parts: set[nn.Module]) -> Iterator[None]:
     def stop(module: nn.Module, _args: Any) -> None:
-        if _WATCHED and module in _WATCHED[-1]:
+        if module in _watched.parts.get(handle.id, ()):
             raise _ReachedLayer
 
-    _WATCHED.append(layers)
     handle = nn.modules.module.register_module_forward_pre_hook(stop)
+    _watched.parts[handle.id] = parts
     try:
         yield
     finally:
         handle.remove()
-        _WATCHED.pop()
+        del _watched.parts[handle.id]
 
 
 @contextlib.contextmanager
 def _unwatched() -> Iterator[None]:
-    """Inside a converted call layers run as they should; global hooks would be traced."""
+    """Inside a converted call layers run as they should; our hooks would be traced."""
     hooks = nn.modules.module._global_forward_pre_hooks
-    if not _WATCHED:
-        yield
-        return
-    kept, watched = dict(hooks), list(_WATCHED)
-    hooks.clear()
-    _WATCHED.clear()
+    watched, _watched.parts = _watched.parts, {}
+    ours = {identity: hooks.pop(identity) for identity in watched}
     try:
         yield
     finally:
-        hooks.update(kept)
-        _WATCHED.extend(watched)
+        hooks.update(ours)
+        _watched.parts = watched
 
 
 def _compiled(owner: Owner, method: str) -> Callable[..., Any]:

@@ -45,6 +45,14 @@ def _declare_fake(parameters: list[Tensor], layout: str) -> None:
 _register_effectful_op(torch.ops.attnres.declare.default, EffectType.ORDERED)
 
 
+def is_traced() -> bool:
+    """Whether this very call is being traced, by Dynamo or torch.export.
+
+    ``torch.compiler.is_compiling()`` is true in every other thread too while one compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
 class AttnResSite(nn.Module):
     """The parameters of one site: a query [D] and, optionally, a key gain [D]."""
 
@@ -99,7 +107,7 @@ class Guard(nn.Module):
     _attnres_base: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             raise UnconvertedPathError(
                 f"this {type(self).__name__} is a part of a converted model, whose Attention "
                 "Residuals belong to the module around it; call that module instead."

@@ -12,11 +12,10 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from attnres_compile.execution import run_converted, run_method
-from attnres_compile.module import AttnRes, Guard, Owner, declare, register_owner
+from attnres_compile.module import AttnRes, Guard, Owner, declare, is_traced, register_owner
 
 
 def rebuild_owner(base: type[nn.Module]) -> nn.Module:
@@ -144,7 +143,7 @@ def _names(code: types.CodeType) -> frozenset[str]:
 def _converted_forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_traced():
             declare(self.attnres.declared(), self.attnres.encoded_layout)
             return base.forward(self, *args, **kwargs)
         return run_converted(self, "forward", args, kwargs)
@@ -155,7 +154,7 @@ def _converted_forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _watched_method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             return run_method(self, name, function, args, kwargs)
         if name in self.attnres.ways_to_layers:
             # Redundant when the owner's forward calls the method, and removed by its rewrite.

@@ -77,10 +77,10 @@ def plan_of_capture(
     `owner` fixes the module that will hold the parameters; otherwise it is chosen per stream.
     """
     graph = captured.module.graph
-    name = type(model).__name__
+    name, size = type(model).__name__, sum(p.numel() for p in model.parameters())
     existing = find_existing(Dataflow.of(graph))
     if existing:
-        return ConversionPlan(name, config, (), existing)
+        return ConversionPlan(name, config, (), existing, size)
     analysis = find_streams(graph)
     refusals = list(analysis.refusals)
     found: list[tuple[ResidualStream, int]] = []
@@ -100,7 +100,7 @@ def plan_of_capture(
     _check_depth(streams, config)
     left_out = [stream for stream in named if stream not in streams]
     refusals += [_left_out(addition) for stream in left_out for addition in stream.additions]
-    return ConversionPlan(name, config, tuple(streams), tuple(refusals))
+    return ConversionPlan(name, config, tuple(streams), tuple(refusals), size)
 
 
 def check_model(model: nn.Module) -> None:

@@ -142,12 +142,14 @@ class ConversionPlan:
         config: the options it was made with.
         streams: what will be converted.
         refusals: what looks like a residual addition and will not be, each with its reason.
+        base_parameters: how many parameters the model has without the new ones.
     """
 
     model: str
     config: AttnResConfig
     streams: tuple[PlannedStream, ...]
     refusals: tuple[Refusal, ...]
+    base_parameters: int
 
     @property
     def num_residual_additions(self) -> int:

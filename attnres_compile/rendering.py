@@ -38,7 +38,7 @@ def to_text(value: ConversionPlan | VerifyReport, width: int = 100) -> str:
         >>> import torchvision, attnres_compile
         >>> plan = attnres_compile.plan(torchvision.models.vit_b_16())
         >>> to_text(plan).splitlines()[0]
-        'VisionTransformer: 24 residual additions in 1 stream, 36,864 new parameters'
+        'VisionTransformer: 24 residual additions in 1 stream, 36,864 new parameters (+0.043%)'
     """
     from rich.console import Console
 
@@ -124,7 +124,10 @@ def _headline(plan: ConversionPlan) -> str:
         return f"{plan.model}: nothing to convert"
     additions = _count(plan.num_residual_additions, "residual addition")
     streams = _count(len(plan.streams), "stream")
-    return f"{plan.model}: {additions} in {streams}, {plan.num_parameters:,} new parameters"
+    headline = f"{plan.model}: {additions} in {streams}, {plan.num_parameters:,} new parameters"
+    if not plan.base_parameters:
+        return headline
+    return f"{headline} (+{plan.num_parameters / plan.base_parameters:.3%})"
 
 
 def _options(plan: ConversionPlan) -> str:

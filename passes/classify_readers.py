@@ -254,7 +254,7 @@ def _tells_channel(node: fx.Node, rank: int) -> int | None:
     name = ops.operation(node)
     if name in _CHANNEL_LAST:
         return rank - 1
-    if name == "mean":  # the statistic of a decomposed norm
+    if name == "mean" and ops.argument(node, 2, "keepdim"):  # the statistic of a decomposed norm
         dims = ops.argument(node, 1, "dim")
         dim = dims[0] if isinstance(dims, list | tuple) and len(dims) == 1 else dims
         return dim % rank if isinstance(dim, int) and dim % rank in (1, rank - 1) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -39,7 +39,7 @@ def explain_short_chains(reads: Reads, chains: Sequence[Sequence[Addition]]) -> 
     ends = {chain[-1].node: position for position, chain in enumerate(chains)}
     kinds: dict[int, str] = {}
     for position, chain in enumerate(chains):
-        crossed, end = _walk_up_to_state(chain[0].previous, reads, set(ends))
+        crossed, end = _walk_up_to_state(chain[0].previous, reads, ends)
         if end is not None and crossed:
             kinds[position] = kinds[ends[end]] = _interruption(crossed)
         elif _stands_between_activations(chain, reads):
@@ -137,7 +137,7 @@ def _stands_between_activations(chain: Sequence[Addition], reads: Reads) -> bool
 
 
 def _walk_up_to_state(
-    node: fx.Node, reads: Reads, ends: set[fx.Node]
+    node: fx.Node, reads: Reads, ends: Container[fx.Node]
 ) -> tuple[list[fx.Node], fx.Node | None]:
     """From a root back, over same-shaped element-wise nodes and norms, to the end of a chain."""
     crossed: list[fx.Node] = []

@@ -8,6 +8,9 @@ attention. (A U-Net's or DenseNet's concatenation goes into a projection first.)
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 from torch import fx
 
 from attnres_compile.passes import operations as ops
@@ -25,7 +28,7 @@ _FARTHEST = 48  # nodes visited below a gathering; scores and their norm take fe
 
 def find_existing(view: Dataflow) -> tuple[Refusal, ...]:
     """One refusal for each place where a graph attends over its depth already."""
-    gatherings = [node for node in view.order if _gathers(node)]
+    gatherings = {node: None for node in view.order if _gathers(node)}
     operands = {o: None for node in gatherings for o in ops.tensor_arguments(node)}
     bit, _, mixing_path = view.dependency_masks(operands)
     refusals = []
@@ -46,7 +49,8 @@ def _is_depth_attention(
     node: fx.Node, bit: dict[fx.Node, int], mixing_path: dict[fx.Node, int]
 ) -> bool:
     operands = ops.tensor_arguments(node)
-    deeper = any(mixing_path[late] & bit[early] for late in operands for early in operands)
+    earlier = reduce(or_, (bit[early] for early in operands))
+    deeper = any(mixing_path[late] & earlier for late in operands)
     return deeper and _reaches_attention(node)
 
 

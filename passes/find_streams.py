@@ -223,8 +223,9 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
         assert state.addition is not None
         for part in state.addition.branch:
             writes += view.writes_between(part, start=state.node)
+    own = {state.node for state in stream.states[1:]}
     for written in writes:
-        if not _writes_into_mix(view, reads, stream, written):
+        if written not in own and not _writes_into_mix(view, reads, stream, written):
             return written
     return _state_read_through_view(reads, stream)
 
@@ -232,13 +233,13 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
 def _writes_into_mix(
     view: Dataflow, reads: Reads, stream: ResidualStream, written: fx.Node
 ) -> bool:
-    """Whether a write and all who read what it wrote come by a state, in whose place a mix stands.
+    """Whether a write and all who read its result come by a state, in whose place a mix stands.
 
     Names older than the state lead to the memory of its root or branch, as it was before.
     """
-    states = [s.node for s in stream.states[1:] if view.order[s.node] <= view.order[written]]
-    if not states or written is states[-1]:
-        return bool(states)
+    states = [s.node for s in stream.states[1:] if view.order[s.node] < view.order[written]]
+    if not states:
+        return False
     later = [read.operand for read in reads.of(written)]
     if all(read.user is not written for state in stream.states[1:] for read in state.reads):
         later.append(ops.writes_into(written) or written)

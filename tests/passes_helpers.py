@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from attnres_compile.capture import annotate_symbolic, capture
 from attnres_compile.passes.find_streams import find_streams
@@ -60,10 +58,18 @@ def trace(model: nn.Module | Body, *inputs: Any, route: str = "symbolic") -> fx.
         return capture(model, inputs, route="export").module
     module = fx.symbolic_trace(model)
     missing = sum(node.op == "placeholder" for node in module.graph.nodes) - len(inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(module, mode).propagate(*inputs, *[None] * missing)
+    with torch.no_grad():
+        _Values(module).run(*inputs, *[None] * missing)
     annotate_symbolic(module)
     return module
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph and leaves at every node the value that it had."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        node.meta["val"] = super().run_node(node)
+        return node.meta["val"]
 
 
 def analyse(body: Body, *inputs: Any, route: str = "symbolic") -> StreamAnalysis:

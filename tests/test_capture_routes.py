@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import CaptureError
 from attnres_compile.planning import plan_of_capture
 from attnres_compile.plans import ConversionPlan
+from attnres_compile.rewriting import rewrite_dynamo_graph
 from tolerances import relative_error
 from zoo import by_name
 from zoo_conversion import assert_lossless, is_new, new_names, randomize, run, sites_of
@@ -46,11 +48,11 @@ def test_a_traced_and_an_exported_graph_have_the_sites_of_the_model(name: str) -
     args, _ = case.inputs()
     expected = run(model, (args, {}))
     planned = attnres_compile.plan(model, args)
-    traced = attnres_compile.convert(fx.symbolic_trace(model), args)
-    exported = attnres_compile.convert(torch.export.export(model, args))  # type: ignore[type-var]
-    assert additions_of(traced.plan) == additions_of(planned)  # type: ignore[arg-type]
+    traced: Any = attnres_compile.convert(fx.symbolic_trace(model), args)
+    exported: Any = attnres_compile.convert(torch.export.export(model, args))  # type: ignore[type-var]
+    assert additions_of(traced.plan) == additions_of(planned)
     assert_lossless(run(traced, (args, {})), expected, 1e-5)
-    outputs = exported.module()(*args)  # type: ignore[attr-defined]
+    outputs = exported.module()(*args)
     assert relative_error(outputs, expected.outputs[0]) < 1e-5
 
 
@@ -75,11 +77,11 @@ def test_decompositions_change_no_site() -> None:
     args, kwargs = case.inputs()
     planned = attnres_compile.plan(model, args, kwargs)
     exported = torch.export.export(model, args, kwargs, strict=False).run_decompositions()
-    converted = attnres_compile.convert(exported)  # type: ignore[type-var]
-    added = {name for name in converted.state_dict if is_new(name)}  # type: ignore[attr-defined]
+    converted = attnres_compile.convert(exported)
+    added = {name for name in converted.state_dict if is_new(name)}
     assert len(added) == len(new_names(planned))
     expected = model(**kwargs).logits
-    assert relative_error(converted.module()(**kwargs).logits, expected) < 1e-5  # type: ignore[attr-defined]
+    assert relative_error(converted.module()(**kwargs).logits, expected) < 1e-5
 
 
 # Ways to call a model.
@@ -126,6 +128,12 @@ def in_bfloat16(model: nn.Module, inputs: dict[str, Any]) -> None:
     model.bfloat16()
 
 
+@functools.cache
+def sites_of_llama() -> list[Any]:
+    args, kwargs = by_name("llama").inputs()
+    return sites_of(attnres_compile.plan(by_name("llama").build(), args, kwargs))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -141,10 +149,8 @@ def in_bfloat16(model: nn.Module, inputs: dict[str, Any]) -> None:
     ],
 )
 def test_a_language_model_has_the_same_sites_however_it_is_called(change: Change) -> None:
-    case = by_name("llama")
-    model = case.build()
-    _, inputs = case.inputs()
-    expected = sites_of(attnres_compile.plan(model, (), dict(inputs)))
+    expected = sites_of_llama()
+    model, (_, inputs) = by_name("llama").build(), by_name("llama").inputs()
     change(model, inputs)
     plan = attnres_compile.plan(model, (), inputs)
     if change is with_embeddings:  # then the root is an input
@@ -201,23 +207,25 @@ class Stages(nn.Module):
         return self.second(self.down(self.first(x))[:, ::2])
 
 
-def test_a_plan_does_not_depend_on_the_plans_before_it() -> None:
-    for width, length in ((8, 4), (12, 4), (12, 7)):
-        plan = attnres_compile.plan(Stage(width), (torch.randn(2, length, width),))
-        assert [stream.width for stream in plan.streams] == [width]
+def has_symbolic_sizes(module: fx.GraphModule) -> bool:
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    return any(isinstance(node.meta["example_value"], torch.SymInt) for node in inputs)
+
+
+def test_a_capture_does_not_depend_on_the_captures_before_it() -> None:
+    for length in (4, 7, 9):
+        captured = capture(Stage(8), (torch.randn(2, length, 8),))
+        assert not has_symbolic_sizes(captured.module)
 
 
 def test_owners_of_one_class_do_not_make_each_others_sizes_symbolic(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     symbolic: list[bool] = []
-    rewrite = execution.rewrite_dynamo_graph
 
     def watched(module: fx.GraphModule, owner: Any) -> int:
-        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-        values = [node.meta.get("example_value") for node in inputs]
-        symbolic.append(any(isinstance(value, torch.SymInt) for value in values))
-        return rewrite(module, owner)
+        symbolic.append(has_symbolic_sizes(module))
+        return rewrite_dynamo_graph(module, owner)
 
     monkeypatch.setattr(execution, "rewrite_dynamo_graph", watched)
     x = torch.randn(2, 4, 8)
@@ -265,7 +273,7 @@ def test_asking_a_state_for_its_shape_is_no_read(in_place: bool) -> None:
     silent = ShapeReader(asks=False, in_place=in_place)
     silent.load_state_dict(asking.state_dict())
     x = torch.randn(2, 4, 8)
-    converted = [attnres_compile.convert(model, (x,)) for model in (asking, silent)]
+    converted: list[Any] = [attnres_compile.convert(m, (x,)) for m in (asking, silent)]
     for model in converted:
         assert [len(stream.sublayers) for stream in model.plan.streams] == [3]
         assert model.plan.num_residual_additions == 6

@@ -6,6 +6,7 @@ tokens are recomputed by the same converted model from whole sequences, without 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def prompts(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask + PAD * (1 - mask), mask
 
 
+@functools.cache
 def converted_case(name: str) -> tuple[Any, nn.Module]:
     case = by_name(name)
     model = case.build()
@@ -66,12 +68,20 @@ def recomputed(model: Any, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Te
     return chosen.argmax(-1)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+both_caches = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="dynamic_cache"),
+        pytest.param({"cache_implementation": "static"}, id="static_cache"),
+    ],
+)
+
+
+@both_caches
 @pytest.mark.parametrize("name", DECODERS)
-def test_generation_equals_recomputation(name: str, cache: str) -> None:
+def test_generation_equals_recomputation(name: str, options: dict[str, str]) -> None:
     converted, plain = converted_case(name)
     ids, mask = prompts(int(converted.config.vocab_size))
-    options = {} if cache == "dynamic" else {"cache_implementation": "static"}
     with torch.no_grad():
         tokens = greedy(converted, ids, mask, **options)
         assert torch.equal(tokens[:, ids.shape[1] :], recomputed(converted, tokens, mask))
@@ -79,11 +89,12 @@ def test_generation_equals_recomputation(name: str, cache: str) -> None:
         assert not torch.equal(tokens[:, ids.shape[1] :], recomputed(plain, tokens, mask))
 
 
-def test_encoder_decoder_generation_equals_recomputation() -> None:
+@both_caches
+def test_encoder_decoder_generation_equals_recomputation(options: dict[str, str]) -> None:
     converted, plain = converted_case("t5")
     ids, mask = prompts(int(converted.config.vocab_size))
     with torch.no_grad():
-        tokens = greedy(converted, ids, mask)
+        tokens = greedy(converted, ids, mask, **options)
         for model, same in ((converted, True), (plain, False)):
             logits = model(
                 input_ids=ids, attention_mask=mask, decoder_input_ids=tokens, use_cache=False

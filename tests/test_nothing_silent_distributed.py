@@ -8,14 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conversions import converted_tower, error, tower_inputs, tower_oracle
-
-pytestmark = pytest.mark.slow
 
 RANKS = 2
 BUCKET = 500  # bytes; a layer of a tower has 352

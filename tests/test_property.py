@@ -22,8 +22,6 @@ from random_residual_modules import BATCH, LENGTH, WIDTH, Network
 from rewriting_helpers import rewrite_module, run_both
 from tolerances import assert_matches
 
-pytestmark = pytest.mark.slow
-
 
 def found_in(module: fx.GraphModule, network: Network) -> Answer:
     """What the analysis says, in the labels of the network's additions."""

@@ -18,7 +18,7 @@ from attnres_compile.rendering import to_text
 from handwritten_models import GPTBlock, TokenModel
 
 PLAN_AT_100 = """\
-Decoder: 24 residual additions in 1 stream, 6,144 new parameters
+Decoder: 24 residual additions in 1 stream, 6,144 new parameters (+0.614%)
 Options: num_blocks=8, aggregate='sum', key_gain=True, eps=1e-06
 
 Stream model.layers
@@ -204,7 +204,8 @@ def make_site(depth: int, ends: list[int], last_readers: tuple[Reader, ...]) -> 
 def make_plan(
     *streams: PlannedStream, refusals: tuple[Refusal, ...] = (), **options: object
 ) -> ConversionPlan:
-    return ConversionPlan("Decoder", AttnResConfig(**options), streams, refusals)  # type: ignore[arg-type]
+    config = AttnResConfig(**options)  # type: ignore[arg-type]
+    return ConversionPlan("Decoder", config, streams, refusals, base_parameters=1_000_000)
 
 
 def joined(plan: ConversionPlan) -> str:

@@ -56,6 +56,12 @@ SCALE_INVARIANT = {
     "behind a view": lambda m, x: m.norm(x.view(-1, 8)).view(2, 4, 8),
     "behind a cast": lambda m, x: m.norm(x.double().float()),
     "behind a constant factor": lambda m, x: m.norm(2 * x),
+    "behind a slice": lambda m, x: m.norm(x[:, :1]).expand_as(x),
+    "behind pooling": lambda m, x: m.norm(x.mean(1, keepdim=True)).expand_as(x),
+    "behind dropout": lambda m, x: m.norm(F.dropout(x, 0.5)),
+    "times an inverse": lambda m, x: x * (1 / (x.std(-1, keepdim=True) + 1e-5)),
+    "by floored norm": lambda m, x: x / torch.linalg.vector_norm(x, 2, -1, True).clamp_min(1e-12),
+    "beside its shape": lambda m, x: m.norm(x) + torch.zeros_like(x),
 }
 SEES_THE_SCALE = {
     "linear": lambda m, x: m.h(x),
@@ -68,6 +74,10 @@ SEES_THE_SCALE = {
     "norm beside the state": lambda m, x: m.norm(x) + x,
     "activation before the norm": lambda m, x: m.norm(F.gelu(x)),
     "gate by the state": lambda m, x: m.norm(x) * x,
+    "times what should be inverted": lambda m, x: x * (x.std(-1, keepdim=True) + 1e-5),
+    "by a norm with a high floor": lambda m, x: (
+        x / torch.linalg.vector_norm(x, 2, -1, True).clamp_min(0.5)
+    ),
     "exponent from a tensor": lambda m, x: torch.pow(x, m.scale),
 }
 
@@ -153,7 +163,16 @@ def channels_last(m: Any, x: Tensor) -> Tensor:
     return x + m.f(m.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
+def over_tokens(m: Any, x: Tensor) -> Tensor:
+    """A linear layer over the tokens of 4 x WIDTH states."""
+    return F.linear(x.mT, m.positions[:, :4]).mT
+
+
 LAST = {
+    "affine map and layer scale around a layer over tokens": (
+        lambda m, x: x + m.scale * over_tokens(m, torch.addcmul(m.scale, m.scale, x)),
+        tokens(),
+    ),
     "linear": (lambda m, x: x + m.f(x), tokens()),
     "norm, then a shift": (lambda m, x: x + torch.roll(m.norm(x), 1, 1), tokens()),
     "RMSNorm in steps": (lambda m, x: x + torch.roll(rms_norm(m, x), 1, 1), tokens()),
@@ -167,6 +186,11 @@ LAST = {
     ),
 }
 FIRST = {
+    "layer over tokens alone": (lambda m, x: x + over_tokens(m, x), tokens()),
+    "scale of an image's channels": (
+        lambda m, x: x + torch.roll(m.scale[:, None, None] * x, 1, 2),
+        images(),
+    ),
     "convolution": (lambda m, x: x + m.conv(F.relu(x)), images()),
     "group norm": (lambda m, x: x + torch.roll(F.group_norm(x, 2), 1, 2), images()),
     "linear over turned images": (channels_last, images()),
@@ -189,6 +213,20 @@ def test_channels_first(step: Body, x: Tensor) -> None:
 
 def test_no_vote_on_images_is_no_answer() -> None:
     assert channel(twice(lambda m, x: x + x.cumsum(2)), images()) is None
+
+
+def test_the_mean_over_tokens_is_no_vote_and_a_norms_statistic_is_one() -> None:
+    def pooled(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        read = m.norm(x)
+        x = x + read.cumsum(1)
+        y = x + x.cumsum(1)
+        return y, x.mean(1), y.mean(dim=1)
+
+    def centred(m: Any, x: Tensor) -> Tensor:
+        return x + (x - x.mean(1, keepdim=True)).cumsum(2)
+
+    assert channel(pooled, tokens()) == -1
+    assert channel(twice(centred), tokens()) == 1
 
 
 def test_a_tie_is_no_answer() -> None:

@@ -1,0 +1,103 @@
+"""Why residual-looking additions are not converted; each reason with a negative twin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from passes_helpers import ROUTES, Body, analyse, images, refused
+
+
+def rotated(x: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return torch.cat((-right, left), -1)
+
+
+# The skip is altered: no operand carries the state that the branch depends on.
+
+ALTERED: dict[str, tuple[str, Body]] = {
+    "number": ("scaled-carrier", lambda m, x: 0.9 * x + m.f(x)),
+    "number, skip on the right": ("scaled-carrier", lambda m, x: m.f(x) + x * 0.9),
+    "division": ("scaled-carrier", lambda m, x: x / 2 + m.f(x)),
+    "per channel": ("scaled-carrier", lambda m, x: m.scale * x + m.f(x)),
+    "alpha": ("scaled-carrier", lambda m, x: torch.add(m.f(x), x, alpha=0.5)),
+    "dropout": ("dropout", lambda m, x: F.dropout(x, 0.1) + m.f(x)),
+    "rounding": ("narrowing-cast", lambda m, x: x.to(torch.bfloat16).float() + m.f(x)),
+    "several": ("dropout", lambda m, x: F.dropout(0.9 * x, 0.1) + m.f(m.norm(x))),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("kind", "body"), ALTERED.values(), ids=ALTERED)
+def test_an_altered_skip_is_refused(kind: str, body: Body, route: str) -> None:
+    found = analyse(body, route=route)
+    assert not found.streams
+    assert refused(found) == [kind]
+
+
+NOT_ALTERED: dict[str, Body] = {
+    "rotary embedding": lambda m, x: m.scale * x + rotated(x) * m.scale,
+    "token shift": lambda m, x: m.scale * x + torch.roll(x, 1, 1) * m.scale,
+    "sum of two branches": lambda m, x: 0.9 * m.f(x) + m.g(x),
+    "low-rank update": lambda m, x: m.f(x) + 2.0 * m.h(m.g(x)),
+    "gate": lambda m, x: torch.sigmoid(x) * x + m.f(m.positions),
+    "interpolation by the data": lambda m, x: torch.sigmoid(m.g(x)) * x + m.f(x),
+    "polynomial": lambda m, x: 0.5 * x + 0.044715 * torch.pow(x, 3),
+}
+
+
+@pytest.mark.parametrize("body", NOT_ALTERED.values(), ids=NOT_ALTERED)
+def test_what_only_looks_altered_is_not_refused(body: Body) -> None:
+    found = analyse(body)
+    assert not found.streams
+    assert not found.refusals
+
+
+def test_an_altered_skip_ends_a_stream_and_may_begin_another() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        for scale in (0.9, 1.0):
+            x = x + m.f(m.norm(x))
+            x = x + m.g(m.norm(x))
+            x = scale * x + m.h(m.norm(x)) if scale < 1 else x
+        return x
+
+    found = analyse(body)
+    assert [len(stream.additions) for stream in found.streams] == [2, 2]
+    assert refused(found) == ["scaled-carrier"]
+
+
+# One addition between activations: a block of a ResNet whose neighbours are projected.
+
+
+def test_a_lone_block_between_activations_is_post_activation() -> None:
+    def between(m: Any, x: Tensor) -> Tensor:
+        x = torch.relu(m.conv(x))
+        x = torch.relu(x + m.conv(x))
+        return m.conv(x) + m.conv(torch.relu(m.conv(x)))
+
+    def before(m: Any, x: Tensor) -> Tensor:
+        x = torch.relu(m.conv(x))
+        x = x + m.conv(x)
+        return m.conv(x) + m.conv(torch.relu(m.conv(x)))
+
+    def after(m: Any, x: Tensor) -> Tensor:
+        x = m.conv(x)
+        x = torch.relu(x + m.conv(x))
+        return m.conv(x) + m.conv(torch.relu(m.conv(x)))
+
+    assert refused(analyse(between, images())) == ["post-activation"]
+    assert refused(analyse(before, images())) == ["single-sublayer"]
+    assert refused(analyse(after, images())) == ["single-sublayer"]
+
+
+def test_a_refusal_says_where() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return 0.9 * x + m.f(x)
+
+    (refusal,) = analyse(body, route="dynamo").refusals
+    assert "the carrier is scaled" in refusal.reason
+    assert refusal.source.startswith("test_explain_refusals.py:")
