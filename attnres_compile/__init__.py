@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnres_compile import errors as errors
     from attnres_compile import functional as functional
+    from attnres_compile.checkpoint.saving import load as load
+    from attnres_compile.checkpoint.saving import save as save
     from attnres_compile.config import AttnResConfig as AttnResConfig
     from attnres_compile.conversion import convert as convert
     from attnres_compile.conversion import strip as strip
@@ -38,8 +40,10 @@ _HOMES = {
     "convert": "attnres_compile.conversion",
     "depth_attention": "attnres_compile.inspection",
     "export": "attnres_compile.exporting",
+    "load": "attnres_compile.checkpoint.saving",
     "param_groups": "attnres_compile.training",
     "plan": "attnres_compile.planning",
+    "save": "attnres_compile.checkpoint.saving",
     "strip": "attnres_compile.conversion",
     "verify": "attnres_compile.verification",
 }

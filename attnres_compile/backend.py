@@ -1,15 +1,16 @@
-"""The ``attnres`` backend of torch.compile: rewrite at every marker, then hand on to Inductor."""
+"""The ``attnres`` backend of torch.compile: rewrite, schedule, lower, and hand on to Inductor."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import fx
 
 from attnres_compile.errors import BackendError
+from attnres_compile.passes.lower import Kernels, lower
 from attnres_compile.passes.outline_checkpoints import recompute_tags
 from attnres_compile.rewriting import rewrite_dynamo_graph
 
@@ -28,20 +29,20 @@ def attnres_backend(
     Args:
         module: torch-level graph from Dynamo; taken over.
         inputs: its example inputs.
-        options: ``{"kernels": "auto" | "reference"}`` and Inductor's own options. Both settings run
-            the operator in plain PyTorch; generated kernels are not a part of this version.
+        options: ``{"kernels": "auto" | "triton" | "reference"}`` and Inductor's own options.
+            "auto" is generated Triton kernels on a GPU and a C++ library on a CPU; "triton" on a
+            CPU needs TRITON_INTERPRET=1; "reference" runs the mixes in plain PyTorch.
         mode: as torch.compile takes it.
 
     Raises:
         MismatchError: a converted model's graph does not hold the sites of its plan.
-        BackendError: unknown kernels, or no C++ compiler where one is needed.
+        BackendError: unknown kernels, kernels that cannot run here, or no C++ compiler where one
+            is needed.
     """
     patches = dict(options or {})
     kernels = patches.pop("kernels", "auto")
-    if kernels not in ("auto", "reference"):
-        raise BackendError(
-            f"kernels={kernels!r} is not available in this version; use 'auto' or 'reference'."
-        )
+    if kernels not in get_args(Kernels):
+        raise BackendError(f"kernels={kernels!r} is unknown; use one of {get_args(Kernels)}.")
     if mode is not None:
         patches = {**torch._inductor.list_mode_options(mode), **patches}
     rewritten = rewrite_dynamo_graph(module, None)
@@ -51,24 +52,32 @@ def attnres_backend(
             "Inductor would; attnres_compile.convert(model) adds them.",
             stacklevel=2,
         )
-    return lower(module, inputs, patches)
+    return compile_rewritten(module, inputs, kernels, patches)
 
 
-def lower(
-    module: fx.GraphModule, inputs: list[Any], patches: dict[str, Any] | None = None
+def compile_rewritten(
+    module: fx.GraphModule,
+    inputs: list[Any],
+    kernels: Kernels = "auto",
+    patches: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Hands a rewritten graph on to Inductor.
+    """Lowers the mixes of a rewritten graph and hands it on to Inductor.
 
     Raises:
-        BackendError: the graph runs on a CPU and there is no C++ compiler.
+        BackendError: kernels that cannot run here, or no C++ compiler where one is needed.
     """
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-    recompute_tags(module.graph)
     try:
+        lower(module.graph, kernels)
+        module.graph.lint()
+        module.recompile()
+        recompute_tags(module.graph)
         compiled: Any = compile_fx(module, inputs, config_patches=patches)
-    except torch._inductor.exc.InductorError as error:
-        if not isinstance(error.inner_exception, torch._inductor.exc.InvalidCxxCompiler):
+    except (InductorError, InvalidCxxCompiler) as error:
+        cause = error.inner_exception if isinstance(error, InductorError) else error
+        if not isinstance(cause, InvalidCxxCompiler):
             raise
         raise BackendError(
             "Inductor needs a C++ compiler for the CPU and found none; install one (g++ or "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -125,6 +126,7 @@ def tracing(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
         with (
             recording_outputs(model, kwargs),
             torch._dynamo.config.patch(
+                allow_rnn=True,
                 ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | ignored,
                 optimize_ddp=False,
                 recompile_limit=max(torch._dynamo.config.recompile_limit, 64),
@@ -188,20 +190,42 @@ def _annotate(
 
 def capture_error(name: str, error: Exception) -> CaptureError:
     """One sentence about a failed capture: the cause, the place, and ways forward."""
-    inner = getattr(error, "inner_exception", None) or error
-    cause = str(inner).strip().splitlines()[0] if str(inner).strip() else type(inner).__name__
     place = _user_line(error)
     return CaptureError(
-        f"{name} could not be captured as one graph{place}: {cause.rstrip('.')}. "
+        f"{name} could not be captured as one graph{place}: {_cause(error).rstrip('.')}. "
         "Ways forward: pass example inputs that avoid this code path, take the offending code out "
         "of forward, or convert a submodule that can be traced. (TORCH_LOGS=graph_breaks tells "
         "more.)"
     )
 
 
+_RAISED = re.compile(
+    r"(?:raised exception|got) (?P<type>\w+)\((?P<quote>['\"])(?P<text>.*)(?P=quote)"
+)
+
+
+def _cause(error: Exception) -> str:
+    """What the model's own code raised while it was traced, or else what Dynamo says itself."""
+    inner = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    if not lines:
+        return type(inner).__name__
+    told = [line.partition(": ")[2] for line in lines if line.startswith(_TELLING)]
+    raised = next(filter(None, map(_RAISED.search, told)), None)
+    if raised is not None:
+        text = raised["text"].replace("\\n", " ").replace("\\'", "'")
+        return f"{raised['type']}: {text}"
+    return ": ".join([lines[0].rstrip("."), *told[:1]])
+
+
+_TELLING = ("Explanation: ", "Developer debug context: ")
+"""How the lines of Dynamo's messages begin that say more than the first line, which is a title."""
+
+
 def _user_line(error: Exception) -> str:
     stack = getattr(error, "real_stack", None)
     if not stack:
         return ""
-    frame = stack[-1]
+    own = [frame for frame in stack if "/torch/" not in frame.filename]
+    frame = (own or stack)[-1]
     return f" at {frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} (in {frame.name})"

@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import ConfigError, InputError
-from attnres_compile.graph_modules import convert_exported, convert_graph_module
+from attnres_compile.graph_modules import convert_exported, convert_graph_module, is_rewritten
 from attnres_compile.huggingface import mark_config, restore_config
 from attnres_compile.layout import OwnerLayout, StreamLayout
 from attnres_compile.module import (
@@ -27,7 +28,7 @@ from attnres_compile.module import (
     owners,
 )
 from attnres_compile.owner_classes import become_guard, become_owner
-from attnres_compile.planning import check_model
+from attnres_compile.planning import check_call, check_model
 from attnres_compile.planning import plan as make_plan
 from attnres_compile.plans import ConversionPlan, PlannedStream
 from attnres_compile.stream_plans import common_path, stream_dtype
@@ -55,7 +56,7 @@ def convert(
         config: the options. Not together with `plan`.
         plan: a plan made before, for this model.
         executor: how the rewritten graph runs: as PyTorch operators one by one, or through the
-            ``attnres`` backend.
+            ``attnres`` backend. Not for a GraphModule or ExportedProgram, which is a graph itself.
 
     Returns:
         A model of the same class. ``converted.plan`` is what was done; ``<owner>.attnres`` holds
@@ -76,15 +77,32 @@ def convert(
         raise ConfigError(f"executor must be 'eager' or 'attnres', not {executor!r}.")
     if plan is not None and config is not None:
         raise ConfigError("a plan has its config already; pass either plan or config.")
-    if isinstance(model, torch.export.ExportedProgram):
-        return convert_exported(model, config or AttnResConfig())
-    if isinstance(model, torch.fx.GraphModule):
-        return convert_graph_module(model, args, kwargs, config or AttnResConfig())  # type: ignore[return-value]
+    check_call(args, kwargs, config)
+    if isinstance(model, _GRAPHS):
+        if executor != "eager":
+            raise ConfigError(
+                f"a converted {type(model).__name__} is a graph to be run, compiled or saved by "
+                f"you; executor={executor!r} is for other models."
+            )
+        options = plan.config if plan is not None else config or AttnResConfig()
+        converted: Model = _convert_graph(model, args, kwargs, options)
+        return converted
     if plan is None:
         plan = make_plan(model, args, kwargs, config=config)
     check_model(model)
     plan.require_streams()
     return _carry_out(model, plan, executor)
+
+
+_GRAPHS = (torch.export.ExportedProgram, torch.fx.GraphModule)
+
+
+def _convert_graph(
+    graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, config: AttnResConfig
+) -> Any:
+    if isinstance(graph, torch.fx.GraphModule):
+        return convert_graph_module(graph, args, kwargs, config)
+    return convert_exported(graph, config)
 
 
 def strip(converted: Model) -> Model:
@@ -107,7 +125,12 @@ def strip(converted: Model) -> Model:
         >>> strip(convert(model)).state_dict().keys() == model.state_dict().keys()
         True
     """
-    if not is_converted(converted):
+    if isinstance(converted, _GRAPHS) and is_rewritten(converted.graph):
+        raise InputError(
+            f"a converted {type(converted).__name__} cannot be stripped, since its additions are "
+            "gone; keep the one that it was made from."
+        )
+    if isinstance(converted, torch.export.ExportedProgram) or not is_converted(converted):
         raise InputError(
             f"{type(converted).__name__} was not converted by attnres_compile; nothing to strip."
         )
@@ -141,6 +164,11 @@ def queries(converted: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 
 def _carry_out(model: Model, plan: ConversionPlan, executor: Executor) -> Model:
+    if hasattr(model, "plan"):
+        raise InputError(
+            f"{type(model).__name__} has an attribute named 'plan' already, where a converted "
+            "model keeps its plan; rename it."
+        )
     by_owner: dict[str, list[PlannedStream]] = defaultdict(list)
     for stream in plan.streams:
         by_owner[stream.owner].append(stream)
@@ -149,7 +177,7 @@ def _carry_out(model: Model, plan: ConversionPlan, executor: Executor) -> Model:
     for path in guarded:
         become_guard(copies[path])
     for path, streams in by_owner.items():
-        if "attnres" in dict(copies[path].named_children()):
+        if hasattr(copies[path], "attnres"):
             raise InputError(f"{path or 'the model'} has a child named 'attnres' already.")
         attnres = _make_attnres(copies[path], path, streams, plan.config, executor)
         become_owner(copies[path], attnres)
@@ -183,6 +211,11 @@ def _shallow_copy(module: nn.Module, path: str) -> nn.Module:
         raise InputError(
             f"forward of {path or 'the model'} was replaced on the instance (by accelerate's "
             "hooks or the like); convert the model before that is done."
+        )
+    if is_parametrized(module):
+        raise InputError(
+            f"{path or 'the model'} has a parametrized weight; convert the model before it is "
+            "parametrized, or take that off (torch.nn.utils.parametrize.remove_parametrizations)."
         )
     duplicate = copy.copy(module)
     for name, value in vars(module).items():

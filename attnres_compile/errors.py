@@ -38,3 +38,33 @@ class UnconvertedPathError(AttnResError, RuntimeError):
 
 class BackendError(AttnResError, RuntimeError):
     """The `attnres` compile backend cannot do what it was asked."""
+
+
+class CheckpointError(AttnResError, ValueError):
+    """A saved file is damaged, foreign, or does not belong to the model."""
+
+
+class UnsafeFileError(CheckpointError):
+    """Opening a saved file would run code, or leave the folder that it may use."""
+
+
+class OutputError(AttnResError):
+    """A file or directory cannot be written."""
+
+
+class OutputExistsError(OutputError):
+    """An output exists already, and nobody asked to replace it."""
+
+
+def in_words(error: BaseException, longest: int = 200) -> str:
+    """What somebody else's exception says, as the end of a sentence of ours.
+
+    Example:
+        >>> in_words(KeyError("gone")), in_words(RuntimeError("no such thing\\nat line 3"))
+        ("KeyError: 'gone'.", 'no such thing at line 3.')
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__}: {text}"
+    shown = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return shown.rstrip(".: ") + "."

@@ -147,9 +147,9 @@ def _compile(owner: Owner, method: str) -> Callable[..., Any]:
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         rewrite_dynamo_graph(module, reference())
         if executor == "attnres":
-            from attnres_compile.backend import lower
+            from attnres_compile.backend import compile_rewritten
 
-            return lower(module, inputs)
+            return compile_rewritten(module, inputs)
         return outline_checkpoints(module).forward
 
     # By this name Dynamo remembers sizes that changed: with a name in common, the second of two

@@ -14,18 +14,37 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from attnres_compile.capture import Captured, annotate_export, annotate_symbolic
 from attnres_compile.config import AttnResConfig
-from attnres_compile.errors import InputError
+from attnres_compile.errors import AlreadyConvertedError, InputError
 from attnres_compile.inputs import infer_inputs
 from attnres_compile.module import AttnResSite
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.identify_additions import identify_additions
+from attnres_compile.passes.redirect_reads import redirect_reads
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
 from attnres_compile.planning import plan_of_capture
 from attnres_compile.plans import ConversionPlan, PlannedStream
 from attnres_compile.stream_plans import stream_dtype
 
 MakeParameter = Callable[[str, torch.Tensor], fx.Node]
+
+
+def plan_graph(
+    module: fx.GraphModule | torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    config: AttnResConfig,
+) -> ConversionPlan:
+    """What converting a graph would do to it.
+
+    Raises:
+        InputError: the graph has no example values and no example inputs were given.
+        AlreadyConvertedError: the graph has our mixes.
+    """
+    if isinstance(module, torch.export.ExportedProgram):
+        annotate_export(module.graph_module)
+        return _plan(module.graph_module, module.graph_module, config)
+    return _plan(_annotated_copy(module, args, kwargs), module, config)
 
 
 def convert_graph_module(
@@ -38,14 +57,12 @@ def convert_graph_module(
 
     Raises:
         InputError: the graph has no example values and no example inputs were given.
+        AlreadyConvertedError: the graph has our mixes.
         NothingToConvertError: no residual stream can be converted.
     """
-    converted = fx.GraphModule(module, copy.deepcopy(module.graph))
-    converted.train(module.training)
-    if any(value_of(n) is None for n in converted.graph.nodes if n.op.startswith("call")):
-        _propagate(converted, args, dict(kwargs or {}))
-    annotate_symbolic(converted)
-    planned = _checked_plan(converted, module, config)
+    converted = _annotated_copy(module, args, kwargs)
+    planned = _plan(converted, module, config)
+    planned.require_streams()
     first = next(iter(converted.graph.nodes))
 
     def make(name: str, initial: torch.Tensor) -> fx.Node:
@@ -68,12 +85,14 @@ def convert_exported(
     """An ExportedProgram with mixes, whose new parameters are parameters of its signature.
 
     Raises:
+        AlreadyConvertedError: the program has our mixes.
         NothingToConvertError: no residual stream can be converted.
     """
     converted = copy.deepcopy(program)
     module = converted.graph_module
     annotate_export(module)
-    planned = _checked_plan(module, module, config)
+    planned = _plan(module, module, config)
+    planned.require_streams()
     specs = converted.graph_signature.input_specs
     first = next(iter(module.graph.nodes))
     added: list[InputSpec] = []
@@ -94,16 +113,34 @@ def convert_exported(
     specs[:0] = added
     module.graph.lint()
     module.recompile()
+    module.__dict__["plan"] = planned
     converted.validate()  # type: ignore[no-untyped-call]
+    converted.__dict__["plan"] = planned
     return converted
 
 
-def _checked_plan(
-    module: fx.GraphModule, model: nn.Module, config: AttnResConfig
-) -> ConversionPlan:
-    planned = plan_of_capture(Captured(module, "graph"), model, config, owner="")
-    planned.require_streams()
-    return planned
+def is_rewritten(graph: fx.Graph) -> bool:
+    """Whether a graph has mixes of ours."""
+    return any(node.target is torch.ops.attnres.mix.default for node in graph.nodes)
+
+
+def _annotated_copy(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> fx.GraphModule:
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    copied.train(module.training)
+    if any(value_of(n) is None for n in copied.graph.nodes if n.op.startswith("call")):
+        _propagate(copied, args, dict(kwargs or {}))
+    annotate_symbolic(copied)
+    return copied
+
+
+def _plan(module: fx.GraphModule, model: nn.Module, config: AttnResConfig) -> ConversionPlan:
+    if is_rewritten(module.graph):
+        raise AlreadyConvertedError(
+            "this graph was converted already; convert the graph that it was made from."
+        )
+    return plan_of_capture(Captured(module, "graph"), model, config, owner="")
 
 
 def _rewrite(
@@ -112,6 +149,7 @@ def _rewrite(
     found = find_streams(graph).streams
     identities = identify_additions(found)
     by_additions = {tuple(identities[a.node] for a in s.additions): s for s in found}
+    redirect_reads(graph, found)
     for stream in planned.streams:
         key = tuple((a.module_path, a.ordinal) for a in stream.additions)
         parameters = _parameters(stream, make, device)

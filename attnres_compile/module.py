@@ -27,6 +27,11 @@ UNCONVERTED = (
     "(call it outside of them), or a method that bypasses the converted forward."
 )
 
+NOT_A_LAYER = (
+    "attnres holds the parameters of Attention Residuals and is no layer: this forward runs all "
+    "the children of its module; let it name the layers that it runs."
+)
+
 
 @torch.library.custom_op(
     "attnres::declare", mutates_args=(), schema="(Tensor[] parameters, str layout) -> ()"
@@ -92,6 +97,9 @@ class AttnRes(nn.Module):
         """Queries and gains in the order of the layout's sites."""
         sites = [site for site in self.children() if isinstance(site, AttnResSite)]
         return [p for site in sites for p in (site.query, site.gain) if p is not None]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnconvertedPathError(NOT_A_LAYER)
 
 
 class Owner(nn.Module):

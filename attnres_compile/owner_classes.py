@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from attnres_compile.containers import container_methods
 from attnres_compile.execution import run_converted, run_method
 from attnres_compile.module import AttnRes, Guard, Owner, declare, is_traced, register_owner
 
@@ -45,7 +46,7 @@ def become_guard(module: nn.Module) -> None:
 
 def guard_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a container that refuses to run on its own."""
-    return _made_once(base, Guard, dict)
+    return _made_once(base, Guard, lambda: _sliced_methods(base))
 
 
 def owner_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -68,7 +69,19 @@ def _converted_methods(base: type[nn.Module]) -> dict[str, Any]:
     methods = {"forward": _converted_forward(base)}
     for name, function in _own_methods(base).items():
         methods[name] = _watched_method(name, function)
-    return methods
+    return {**methods, **container_methods(base, _guarded)}
+
+
+def _sliced_methods(base: type[nn.Module]) -> dict[str, Any]:
+    """Of the container methods a guard, which holds no `attnres`, needs that for slices."""
+    methods = container_methods(base, _guarded)
+    return {"__getitem__": methods["__getitem__"]} if "__getitem__" in methods else {}
+
+
+def _guarded(base: type[nn.Module], layers: Any) -> nn.Module:
+    container = base(layers)
+    become_guard(container)
+    return container
 
 
 def _subclass(base: type[nn.Module], mixin: type, methods: dict[str, Any]) -> type[nn.Module]:
@@ -78,10 +91,22 @@ def _subclass(base: type[nn.Module], mixin: type, methods: dict[str, Any]) -> ty
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_attnres_base": base,
+        "__init__": _init_plain(base),
         "__reduce_ex__": _reduce_with(rebuild_owner if mixin is Owner else rebuild_guard),
     }
     made: type[nn.Module] = type(base.__name__, (mixin, base), {**names, **methods})
     return made
+
+
+def _init_plain(base: type[nn.Module]) -> Callable[..., None]:
+    """What the class itself makes, when it is called, was never converted."""
+
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        self.__class__ = base
+        base.__init__(self, *args, **kwargs)
+
+    return __init__
 
 
 def _reduce_with(rebuild: Callable[[type[nn.Module]], nn.Module]) -> Callable[..., Any]:

@@ -8,8 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from attnres_compile.call_shapes import describe_call
 from attnres_compile.capture import Captured, capture
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import AlreadyConvertedError, ConfigError, InputError
@@ -30,11 +32,11 @@ from attnres_compile.plans import (
     PlannedStream,
     Site,
 )
-from attnres_compile.stream_plans import ordinals_by_owner_call, owner_call, plan_stream, unusable
+from attnres_compile.stream_plans import ordinals_by_owner_call, owner_calls, plan_stream, unusable
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -43,7 +45,8 @@ def plan(
     """Says what `convert` would do to a model; changes and executes nothing.
 
     Args:
-        model: any module that can be captured whole; weights may lie on the meta device.
+        model: any module that can be captured whole, or a GraphModule or ExportedProgram; weights
+            may lie on the meta device.
         args, kwargs: example inputs; inferred where the model says what it takes.
         config: the options; defaults as in `AttnResConfig`.
 
@@ -62,11 +65,20 @@ def plan(
         >>> plan(torchvision.models.convnext_tiny()).num_residual_additions
         18
     """
+    check_call(args, kwargs, config)
+    if isinstance(model, torch.fx.GraphModule | torch.export.ExportedProgram):
+        from attnres_compile.graph_modules import plan_graph
+
+        return plan_graph(model, args, kwargs, config or AttnResConfig())
     check_model(model)
-    if not args and not kwargs:
+    given = bool(args or kwargs)
+    if not given:
         args, kwargs = infer_inputs(model)
     captured = capture(model, args, kwargs)
-    return plan_of_capture(captured, model, config or AttnResConfig())
+    planned = plan_of_capture(captured, model, config or AttnResConfig())
+    if not given:  # then they can be inferred again
+        return planned
+    return dataclasses.replace(planned, inputs=describe_call(args, kwargs))
 
 
 def plan_of_capture(
@@ -78,7 +90,8 @@ def plan_of_capture(
     """
     graph = captured.module.graph
     name, size = type(model).__name__, sum(p.numel() for p in model.parameters())
-    existing = find_existing(Dataflow.of(graph))
+    view = Dataflow.of(graph)
+    existing = find_existing(view)
     if existing:
         return ConversionPlan(name, config, (), existing, size)
     analysis = find_streams(graph)
@@ -86,13 +99,15 @@ def plan_of_capture(
     found: list[tuple[ResidualStream, int]] = []
     for stream in analysis.streams:
         channel = channel_dimension(stream)
-        refusal = unusable(stream, channel)
+        refusal = unusable(stream, channel, view.memory)
         if refusal is None and channel is not None:
             found.append((stream, channel))
         elif refusal is not None:
             refusals.append(refusal)
-    fixed = None if owner is None else ModuleCall(owner, "")
-    owners = {id(s): fixed or owner_call(s, model) for s in analysis.streams}
+    if owner is None:
+        owners = owner_calls(analysis.streams, model, view)
+    else:
+        owners = {id(s): ModuleCall(owner, "") for s in analysis.streams}
     ordinals = ordinals_by_owner_call(analysis.streams, owners)
     planned = [plan_stream(s, c, owners[id(s)].path, ordinals, config) for s, c in found]
     named = _named_apart(_first_calls(planned))
@@ -103,12 +118,36 @@ def plan_of_capture(
     return ConversionPlan(name, config, tuple(streams), tuple(refusals), size)
 
 
+def check_call(args: object, kwargs: object, config: object) -> None:
+    """Refuses arguments of another type than they have to be."""
+    if not isinstance(args, tuple | list):
+        raise InputError(
+            f"args holds the positional inputs of one call, as a tuple; it is a "
+            f"{type(args).__name__}: pass (x,) for one input x."
+        )
+    if not isinstance(kwargs, Mapping | None):
+        raise InputError(
+            f"kwargs holds the keyword inputs of one call, as a dictionary; it is a "
+            f"{type(kwargs).__name__}."
+        )
+    if not isinstance(config, AttnResConfig | None):
+        raise ConfigError(
+            f"config must be an AttnResConfig, as in AttnResConfig(num_blocks=4); it is a "
+            f"{type(config).__name__}."
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Refuses what can be told before a capture."""
     from attnres_compile.module import is_converted
 
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise InputError(
+            "the model was compiled before; convert it first (torch.compile keeps it as "
+            "model._orig_mod), and compile the converted one with backend='attnres'."
+        )
     if is_converted(model):
         raise AlreadyConvertedError(
             f"{type(model).__name__} was converted already; convert the original, or strip() first."

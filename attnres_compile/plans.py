@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from attnres_compile.call_shapes import CallShapes
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import NothingToConvertError
 from attnres_compile.passes.classify_readers import Reader
@@ -108,6 +109,12 @@ class PlannedStream:
         )
 
     @property
+    def layers_path(self) -> str:
+        """Path of the list that all layers stand in (``model.layers``); empty without one."""
+        parents = {sublayer.layer.rpartition(".")[0] for sublayer in self.sublayers}
+        return parents.pop() if len(parents) == 1 else ""
+
+    @property
     def num_layers(self) -> int:
         return len(dict.fromkeys(sublayer.layer for sublayer in self.sublayers))
 
@@ -143,6 +150,8 @@ class ConversionPlan:
         streams: what will be converted.
         refusals: what looks like a residual addition and will not be, each with its reason.
         base_parameters: how many parameters the model has without the new ones.
+        inputs: shapes of the example inputs, from `describe_call`; None where they were inferred
+            or have no such description.
     """
 
     model: str
@@ -150,6 +159,7 @@ class ConversionPlan:
     streams: tuple[PlannedStream, ...]
     refusals: tuple[Refusal, ...]
     base_parameters: int
+    inputs: CallShapes | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_residual_additions(self) -> int:

@@ -21,6 +21,7 @@ from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import module_path
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
+from attnres_compile.passes.redirect_reads import redirect_reads
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
 from attnres_compile.passes.streams import ResidualStream
 
@@ -129,6 +130,7 @@ def _rewrite(module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Nod
     _check_no_second_call([m.node for m in declared if m not in outermost], streams, matches)
     # New nodes get example values; saved-tensor hooks of the user's are not to see these.
     with torch.no_grad():
+        redirect_reads(graph, streams)
         for match in matches:
             rewrite_residuals(graph, match.stream, match.layout.mix, match.parameters)
     for node in markers:
@@ -222,5 +224,7 @@ def _mismatch(layout: StreamLayout, found: list[tuple[tuple[str, int], ...]]) ->
     return MismatchError(
         f"stream {layout.name!r}: the plan has {expected} residual additions, this call of the "
         f"model has {len(closest)}{detail}. Plan it with example inputs that take the same path "
-        "through the model, and keep layers switched on that the plan knows."
+        "through the model, and keep layers switched on that the plan knows. (Where the stream "
+        "starts from a parameter that is broadcast over the batch, batches of one are another "
+        "path: plan with a batch of several.)"
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import fx, nn
 
 from attnres_compile.config import AttnResConfig
+from attnres_compile.containers import CONTAINERS
 from attnres_compile.passes.classify_readers import Reader, classify_readers
+from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_values import (
     ModuleCall,
     dtype_of,
@@ -21,23 +24,36 @@ from attnres_compile.passes.graph_values import (
     value_of,
 )
 from attnres_compile.passes.identify_additions import identify_additions
-from attnres_compile.passes.operations import operation
+from attnres_compile.passes.operations import operation, writes_into
 from attnres_compile.passes.partition_blocks import layers_of, partition_blocks
 from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.plans import PlannedAddition, PlannedStream, Site, Sublayer
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""Modules that people index and iterate over: an extra child would become one of their layers."""
 
-
-def unusable(stream: ResidualStream, channel: int | None) -> Refusal | None:
+def unusable(
+    stream: ResidualStream, channel: int | None, memory: Mapping[fx.Node, fx.Node]
+) -> Refusal | None:
     first = stream.additions[0].node
     where = (module_path(first), source_line(first))
+    if any(node.op == "placeholder" for node in written_memory(stream, memory)):
+        return Refusal(
+            "overwritten",
+            "the stream is written in place into an input of the model; add out of place, or to a "
+            "copy of it",
+            *where,
+        )
     if channel is None:
         return Refusal(
             "channel-dimension",
             "it cannot be told which dimension of the stream is the channel: its readers and "
             "branches disagree",
+            *where,
+        )
+    if channel == 0:
+        return Refusal(
+            "unbatched-convolution",
+            "the stream goes through convolutions without a batch dimension, so its channel is "
+            "dimension 0, which is not supported; add a batch dimension of one",
             *where,
         )
     width = value_of(first).shape[channel]
@@ -85,15 +101,77 @@ def _planned_addition(node: fx.Node, ordinals: dict[fx.Node, int]) -> PlannedAdd
     return PlannedAddition(module_path(node), ordinals[node], source_line(node))
 
 
-def owner_call(stream: ResidualStream, model: nn.Module) -> ModuleCall:
-    """The innermost module one call of which holds every addition, and that can hold parameters."""
+def owner_calls(
+    streams: Sequence[ResidualStream], model: nn.Module, view: Dataflow
+) -> dict[int, ModuleCall]:
+    """The owner of each stream, by its id, and the call of the owner that the stream is in.
+
+    It is the innermost module one call of which holds every addition, and the memory that any of
+    them writes into (mixes do not write into what the caller gave), and every other call of which
+    holds such streams too: its forward is rewritten, whoever calls it.
+    """
+    possible = {id(stream): _possible_owners(stream, model) for stream in streams}
+    for stream in streams:
+        possible[id(stream)] = [
+            owner
+            for owner in possible[id(stream)]
+            if all(_is_inside(node, owner) for node in written_memory(stream, view.memory))
+        ]
+    calls = _calls_by_path(view)
+    while True:
+        owners = {identity: options[0] for identity, options in possible.items()}
+        uneven = _unevenly_called(streams, owners, calls)
+        if not uneven:
+            return owners
+        for identity, owner in owners.items():
+            if owner.path in uneven:
+                possible[identity].pop(0)
+
+
+def written_memory(stream: ResidualStream, memory: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The nodes that made the memory into which additions of a stream write in place."""
+    nodes = [state.node for state in stream.states[1:]]
+    return [memory[node] for node in nodes if writes_into(node) is not None]
+
+
+def _possible_owners(stream: ResidualStream, model: nn.Module) -> list[ModuleCall]:
+    """Innermost first, without containers, which people index and iterate over; then the model.
+
+    The model may be a container itself (see `containers.py`).
+    """
     calls = [module_calls(addition.node) for addition in stream.additions]
     levels: list[tuple[ModuleCall, ...]] = list(zip(*calls, strict=False))
     shared = [level[0] for level in levels if len({c.call for c in level}) == 1]
-    for call in reversed(shared):
-        if not isinstance(model.get_submodule(call.path), CONTAINERS):
-            return call
-    return ModuleCall("", "")
+    inner = [c for c in shared if not isinstance(model.get_submodule(c.path), CONTAINERS)]
+    return [*reversed(inner), ModuleCall("", "")]
+
+
+def _calls_by_path(view: Dataflow) -> dict[str, set[str]]:
+    calls: dict[str, set[str]] = defaultdict(set)
+    for node in view.order:
+        for call in module_calls(node):
+            calls[call.path].add(call.call)
+    return calls
+
+
+def _unevenly_called(
+    streams: Sequence[ResidualStream],
+    owners: dict[int, ModuleCall],
+    calls: dict[str, set[str]],
+) -> set[str]:
+    """Owners, other than the model, of which different calls run different streams."""
+    ordinals = ordinals_by_owner_call(streams, owners)
+    run: dict[tuple[str, str], set[tuple[tuple[str, int], ...]]] = defaultdict(set)
+    for stream in streams:
+        owner = owners[id(stream)]
+        key = tuple((module_path(a.node), ordinals[a.node]) for a in stream.additions)
+        run[owner.path, owner.call].add(key)
+    paths = {owner.path for owner in owners.values() if owner.path}
+    return {
+        path
+        for path in paths
+        if any(run[path, call] != run[path, other] for call, other in pairwise(calls[path]))
+    }
 
 
 def ordinals_by_owner_call(

@@ -29,15 +29,18 @@ from attnres_compile.passes.streams import ResidualStream, State
 
 _LARGEST_EPS = 1e-2
 _REDUCTIONS = frozenset(
-    "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"
+    "mean sum amax avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"
     " adaptive_avg_pool3d".split()
 )
 _CHANNEL_LAST = frozenset(
     "linear layer_norm rms_norm native_layer_norm addmm mm _fused_rms_norm".split()
 )
+_CONVOLUTIONS = frozenset(
+    "conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d"
+    " conv_transpose3d".split()
+)
 _CHANNEL_FIRST = frozenset(
-    "conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d batch_norm"
-    " native_batch_norm group_norm native_group_norm instance_norm cudnn_batch_norm"
+    "batch_norm native_batch_norm group_norm native_group_norm instance_norm cudnn_batch_norm"
     " _native_batch_norm_legit _native_batch_norm_legit_no_training".split()
 )
 _WEIGHTINGS = ops.ADDITIONS | {"mul", "div"}
@@ -79,7 +82,8 @@ def classify_readers(state: State) -> tuple[Reader, ...]:
 def channel_dimension(stream: ResidualStream) -> int | None:
     """The channel dimension of a stream: -1 or 1; None where the votes are tied or missing.
 
-    With no vote at all, two- and three-dimensional states are taken as tokens (last dimension).
+    It is 0 for a convolutional stream without a batch dimension. With no vote at all, two- and
+    three-dimensional states are taken as tokens (last dimension).
     """
     rank = len(shape_of(stream.states[0].node))
     votes: Counter[int] = Counter()
@@ -88,6 +92,8 @@ def channel_dimension(stream: ResidualStream) -> int | None:
         if state.addition is not None:
             votes.update(_votes_of_branch(state, rank))
     last, first = votes[rank - 1], votes[1]
+    if votes[0] > max(last, first):
+        return 0
     if rank == 2 or (not votes and rank == 3):
         return -1
     if last == first:
@@ -162,6 +168,8 @@ _ROOTS_AND_POWERS = {
     "std": Fraction(1),
     "linalg_vector_norm": Fraction(1),
     "norm": Fraction(1),
+    "linalg_norm": Fraction(1),
+    "abs": Fraction(1),
     "sign": Fraction(0),
 }
 _FLOORS = frozenset({"clamp", "clamp_min"})
@@ -258,9 +266,17 @@ def _tells_channel(node: fx.Node, rank: int) -> int | None:
         dims = ops.argument(node, 1, "dim")
         dim = dims[0] if isinstance(dims, list | tuple) and len(dims) == 1 else dims
         return dim % rank if isinstance(dim, int) and dim % rank in (1, rank - 1) else None
+    if name in _CONVOLUTIONS:
+        return max(rank - 1 - _spatial_dimensions(node), 0)
     if name in _CHANNEL_FIRST and rank > 1:
         return 1
     return _weighted_dimension(node, rank) if name in _WEIGHTINGS else None
+
+
+def _spatial_dimensions(node: fx.Node) -> int:
+    """Of a convolution; its input has a channel before them, and before that a batch or nothing."""
+    digits = [int(letter) for letter in ops.operation(node) if letter.isdigit()]
+    return digits[0] if digits else len(shape_of(ops.argument(node, 1, "weight"))) - 2
 
 
 def _weighted_dimension(node: fx.Node, rank: int) -> int | None:

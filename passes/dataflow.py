@@ -55,7 +55,8 @@ class Dataflow:
         """
         return self.path_to_origin(node)[-1]
 
-    def path_to_origin(self, node: fx.Node) -> list[fx.Node]:
+    @staticmethod
+    def path_to_origin(node: fx.Node) -> list[fx.Node]:
         """The nodes from `node` up to its origin."""
         path = [node]
         length = 1  # of the path up to where every transposition is undone
@@ -180,7 +181,7 @@ class Reads:
         return [
             read
             for read in self._by_value[value]
-            if read.user is not value and self.origin(read.user) is not self.origin(value)
+            if read.user is not value and read.operand not in self._path(read.user)
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import fx
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow, Reads
-from attnres_compile.passes.graph_values import module_path, shape_of, source_line
+from attnres_compile.passes.graph_values import is_tensor, module_path, shape_of, source_line
 from attnres_compile.passes.streams import Addition, Refusal
 
 _REASONS = {
@@ -27,6 +28,9 @@ _REASONS = {
     "floating point",
     "scaled-carrier": "the carrier is scaled between residual additions, so block sums do not add "
     "up to it",
+    "rearranged-carrier": "the carrier is sliced, concatenated or transposed between residual "
+    "additions, so block sums do not have its shape; do that before or after the stream",
+    "fused-addition": "the residual addition is fused into another operator; write it as x + f(x)",
     "changed-carrier": "the carrier is changed between residual additions, so block sums do not "
     "add up to it",
     "single-sublayer": "a stream of one sublayer has nothing to choose from",
@@ -34,14 +38,23 @@ _REASONS = {
 _LONGEST_INTERRUPTION = 16  # nodes; the longest decomposed norm seen has 11
 
 
-def explain_short_chains(reads: Reads, chains: Sequence[Sequence[Addition]]) -> list[Refusal]:
-    """Why chains of fewer than two sublayers are no streams: what interrupts the carrier."""
-    ends = {chain[-1].node: position for position, chain in enumerate(chains)}
+def explain_short_chains(
+    reads: Reads, chains: Sequence[Sequence[Addition]], altered: Iterable[fx.Node]
+) -> list[Refusal]:
+    """Why chains of fewer than two sublayers are no streams: what interrupts the carrier.
+
+    It may lie between two chains, or between one and an addition whose skip is `altered`.
+    """
+    ends: dict[fx.Node, int | None] = dict.fromkeys(altered)
+    ends |= {chain[-1].node: position for position, chain in enumerate(chains)}
     kinds: dict[int, str] = {}
     for position, chain in enumerate(chains):
         crossed, end = _walk_up_to_state(chain[0].previous, reads, ends)
         if end is not None and crossed:
-            kinds[position] = kinds[ends[end]] = _interruption(crossed)
+            kinds[position] = _interruption(crossed)
+            before = ends[end]
+            if before is not None:
+                kinds[before] = kinds[position]
         elif _stands_between_activations(chain, reads):
             kinds.setdefault(position, "post-activation")
     refusals = []
@@ -53,7 +66,7 @@ def explain_short_chains(reads: Reads, chains: Sequence[Sequence[Addition]]) -> 
 
 def explain_altered_skips(
     view: Dataflow, reads: Reads, candidates: Iterable[fx.Node]
-) -> list[Refusal]:
+) -> dict[fx.Node, Refusal]:
     """Sums that would be residual additions had their skip not been scaled, dropped or rounded.
 
     In ``0.9 * x + f(x)`` the branch depends on x, but no operand carries x. That alone would fit a
@@ -62,10 +75,52 @@ def explain_altered_skips(
     altered = [found for node in candidates for found in _altered_skips(node, reads)]
     sources = {skip.source: None for skip in altered}
     if not sources:
-        return []
+        return {}
     bit, _, projected = view.dependency_masks(sources, mixes=ops.is_projection)
     kinds = {skip.node: skip.kind for skip in altered if projected[skip.branch] & bit[skip.source]}
-    return [_refusal(node, kind) for node, kind in kinds.items()]
+    return {node: _refusal(node, kind) for node, kind in kinds.items()}
+
+
+def explain_fused_additions(view: Dataflow, reads: Reads) -> list[Refusal]:
+    """Residual additions inside other operators, as in ``torch.baddbmm(x, a, b)``."""
+    fused = [
+        (node, reads.value_read(skip, node), reads.value_read(branch, node))
+        for node in view.order
+        for skip, branch in _fused_operands(node)
+        if shape_of(skip) == shape_of(branch) or ops.is_projection(node)
+    ]
+    if not fused:
+        return []
+    bit, depends, projected = view.dependency_masks(
+        {source: None for _, source, _ in fused}, mixes=ops.is_projection
+    )
+    found = {
+        node: None
+        for node, source, branch in fused
+        if bit[source] & (depends if ops.is_projection(node) else projected)[branch]
+    }
+    return [_refusal(node, "fused-addition") for node in found]
+
+
+def _fused_operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Pairs of what may be the skip and (a factor of) the branch of an addition in an operator."""
+    name = ops.operation(node)
+    if name == "_foreach_add":
+        lists = [part for part in node.args if isinstance(part, list | tuple)]
+        pairs = list(zip(*lists, strict=True)) if len(lists) == 2 else []
+        return [pair for a, b in pairs for pair in ((a, b), (b, a))]
+    if not is_tensor(node):
+        return []
+    operands = ops.operands(node)
+    if name in ("addmm", "baddbmm"):
+        whole = shape_of(operands[0]) == shape_of(node)
+        return [(operands[0], factor) for factor in operands[1:]] if whole else []
+    if name == "sum" and ops.operation(operands[0]) == "stack":
+        operands = ops.tensor_arguments(operands[0])
+    elif name != "lerp":
+        return []
+    two = operands[:2] if name == "lerp" else operands
+    return [(two[0], two[1]), (two[1], two[0])] if len(two) == 2 else []
 
 
 @dataclass(frozen=True)
@@ -99,7 +154,7 @@ def _scales_operand(node: fx.Node, operand: fx.Node) -> bool:
 
 
 def _walk_up_alterations(node: fx.Node, reads: Reads) -> tuple[list[fx.Node], fx.Node]:
-    """From an operand back over scalings by constants, dropout and narrowing casts."""
+    """From an operand back over scalings by constants, dropout, narrowing casts and slices."""
     crossed: list[fx.Node] = []
     current = reads.origin(node)
     while len(crossed) < _LONGEST_INTERRUPTION:
@@ -112,8 +167,10 @@ def _walk_up_alterations(node: fx.Node, reads: Reads) -> tuple[list[fx.Node], fx
 
 
 def _altered(node: fx.Node) -> fx.Node | None:
-    """What a scaling by constants, a dropout or a narrowing cast is applied to."""
+    """What a scaling by constants, dropout, a narrowing cast or a rearrangement is applied to."""
     name = ops.operation(node)
+    if name in ops.REARRANGEMENTS:
+        return _rearranged(node)
     operands = ops.operands(node)
     same = [operand for operand in operands if shape_of(operand) == shape_of(node)]
     if name in ops.DROPOUTS or (name in ops.CASTS and operands):
@@ -122,6 +179,16 @@ def _altered(node: fx.Node) -> fx.Node | None:
         return None
     constant = all(operand is same[0] or ops.is_constant(operand) for operand in operands)
     return same[0] if constant else None
+
+
+def _rearranged(node: fx.Node) -> fx.Node | None:
+    """Where most of the elements of a slice, concatenation or transposition come from."""
+    parts = ops.value_arguments(node)
+    return max(parts, key=_num_elements) if parts else None
+
+
+def _num_elements(node: fx.Node) -> int:
+    return math.prod(shape_of(node)) if is_tensor(node) else 0
 
 
 def _stands_between_activations(chain: Sequence[Addition], reads: Reads) -> bool:
@@ -139,16 +206,24 @@ def _stands_between_activations(chain: Sequence[Addition], reads: Reads) -> bool
 def _walk_up_to_state(
     node: fx.Node, reads: Reads, ends: Container[fx.Node]
 ) -> tuple[list[fx.Node], fx.Node | None]:
-    """From a root back, over same-shaped element-wise nodes and norms, to the end of a chain."""
+    """From a root back to the end of a chain.
+
+    Over element-wise nodes and norms of one shape, and over what slices, joins or turns that.
+    """
     crossed: list[fx.Node] = []
     current = node
     for _ in range(_LONGEST_INTERRUPTION):
         if reads.origin(current) in ends:
             return crossed, reads.origin(current)
-        if not (ops.is_elementwise(current) or ops.operation(current) in ops.NORMS):
+        rearranged = ops.operation(current) in ops.REARRANGEMENTS
+        if not (rearranged or ops.is_elementwise(current) or ops.operation(current) in ops.NORMS):
             return crossed, None
         crossed.append(current)
-        same = [a for a in ops.tensor_arguments(current) if shape_of(a) == shape_of(node)]
+        source = _rearranged(current) if rearranged else None
+        if source is not None:
+            current = source
+            continue
+        same = [a for a in ops.tensor_arguments(current) if shape_of(a) == shape_of(current)]
         if not same:
             return crossed, None
         current = same[0] if len(same) == 1 else max(same, key=lambda a: len(a.users))
@@ -169,7 +244,9 @@ def _interruption(crossed: list[fx.Node]) -> str:
         return "quantised-carrier"
     if any(ops.operation(n) in ops.CASTS and not ops.is_value_preserving(n) for n in crossed):
         return "narrowing-cast"
-    return "scaled-carrier" if names & {"mul", "div"} else "changed-carrier"
+    if names & {"mul", "div"}:
+        return "scaled-carrier"
+    return "rearranged-carrier" if names & ops.REARRANGEMENTS else "changed-carrier"
 
 
 def _multiplies_by_statistic(node: fx.Node) -> bool:

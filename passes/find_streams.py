@@ -22,7 +22,11 @@ from torch import fx
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow, Read, Reads
-from attnres_compile.passes.explain_refusals import explain_altered_skips, explain_short_chains
+from attnres_compile.passes.explain_refusals import (
+    explain_altered_skips,
+    explain_fused_additions,
+    explain_short_chains,
+)
 from attnres_compile.passes.graph_values import dtype_of, module_path, shape_of, source_line
 from attnres_compile.passes.streams import (
     Addition,
@@ -60,9 +64,11 @@ def find_streams(graph: fx.Graph) -> StreamAnalysis:
             refusals += [_overwritten_refusal(addition, written) for addition in stream.additions]
         else:
             streams.append(stream)
-    refusals += explain_short_chains(reads, short)
     others = [node for node in candidates if node not in accepted]
-    refusals += explain_altered_skips(view, reads, others)
+    altered = explain_altered_skips(view, reads, others)
+    refusals += explain_short_chains(reads, short, altered)
+    refusals += altered.values()
+    refusals += explain_fused_additions(view, reads)
     return StreamAnalysis(tuple(streams), tuple(refusals))
 
 
@@ -217,8 +223,10 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
     that will write into its mix; or a residual addition whose result is read through an older
     view of another shape than a state's (a slice, a transposition).
     """
-    root = stream.states[0].node
-    writes = view.writes_between(root, start=root)
+    first = stream.states[1].addition
+    assert first is not None
+    # What was written before the stream starts is a part of its root.
+    writes = view.writes_between(first.skip, start=first.previous)
     for state in stream.states[1:]:
         assert state.addition is not None
         for part in state.addition.branch:

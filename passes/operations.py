@@ -36,6 +36,7 @@ SLICES = frozenset(
     "getitem select slice narrow chunk split split_with_sizes unbind tensor_split expand expand_as"
     " broadcast_to".split()
 )
+REARRANGEMENTS = RESHAPES | PERMUTATIONS | SLICES | {"cat", "stack"}
 DROPOUTS = frozenset(
     "dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d"
     " dropout3d".split()
@@ -152,7 +153,7 @@ def is_constant(node: fx.Node) -> bool:
 def is_value_preserving(node: fx.Node) -> bool:
     """A copy, or a cast that loses nothing: the node's value equals its argument's."""
     name = operation(node)
-    if name in COPIES:
+    if name in COPIES or _changes_nothing(node):
         return True
     if name not in CASTS or not is_tensor(node) or not tensor_arguments(node):
         return False
@@ -160,6 +161,20 @@ def is_value_preserving(node: fx.Node) -> bool:
     before, after = dtype_of(source), dtype_of(node)
     same_device = value_of(source).device == value_of(node).device if _has_device(node) else True
     return same_device and _keeps_precision(before, after)
+
+
+_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """``0 + x``, as Python's ``sum`` starts, ``x - 0``, ``x * 1``: the same value and dtype."""
+    neutral = _NEUTRAL.get(operation(node))
+    values = operands(node) if neutral is not None else []
+    if len(values) != 1 or len(node.args) != 2 or dtype_of(node) != dtype_of(values[0]):
+        return False
+    number = node.args[1] if node.args[0] is values[0] else node.args[0]
+    turned = number is node.args[0] and operation(node) in ("sub", "div")
+    return isinstance(number, int | float) and number == neutral and not turned
 
 
 def _keeps_precision(before: torch.dtype, after: torch.dtype) -> bool:

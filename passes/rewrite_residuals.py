@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
+from attnres_compile.errors import MismatchError
 from attnres_compile.kernels import ops as kernel_ops  # noqa: F401  registers attnres::mix
 from attnres_compile.passes import operations as ops
-from attnres_compile.passes.graph_values import MODULE_CALLS, dtype_of, shape_of, value_of
-from attnres_compile.passes.inline_checkpoints import REGION
+from attnres_compile.passes.graph_editor import Editor
+from attnres_compile.passes.graph_values import dtype_of, shape_of, source_line
 from attnres_compile.passes.streams import Addition, ResidualStream, State
 
 aten = torch.ops.aten
-_PROVENANCE = (MODULE_CALLS, REGION, "nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,20 @@ def rewrite_residuals(
     """Rewrites one stream of a graph, in place.
 
     Args:
-        graph: the graph that `stream` was found in.
+        graph: the graph that `stream` was found in, with its reads redirected (`redirect_reads`).
         stream: the states and additions to rewrite.
         layout: blocks and the form of the mix.
         parameters: graph nodes holding query [D] and gain [D] of every site with several sources.
+
+    Raises:
+        MismatchError: a mix has no reader, so the state it stands for was read in another way.
     """
     writer = _StreamWriter(graph, stream, layout, parameters)
-    for position, state in enumerate(stream.states[1:], start=1):
-        writer.advance(position, state)
+    mixes = [writer.advance(n, state) for n, state in enumerate(stream.states[1:], start=1)]
     _erase_dead(graph, [state.node for state in stream.states[1:]])
+    for state, mixed in zip(stream.states[1:], mixes, strict=True):
+        if mixed is not None and not mixed.users:
+            raise _unread(state)
 
 
 class _StreamWriter:
@@ -93,22 +94,23 @@ class _StreamWriter:
         self._sublayers = 0
         self._open_additions = 0
 
-    def advance(self, position: int, state: State) -> None:
+    def advance(self, position: int, state: State) -> fx.Node | None:
         """Adds the branch of a state's addition and, where the state is read, puts its mix."""
         assert state.addition is not None
         with self._graph.inserting_before(state.node):
-            edit = _Editor(self._graph, state.node)
+            edit = Editor(self._graph, state.node)
             branch = self._branch(edit, state.addition)
             self._partial = branch if self._partial is None else edit.add(self._partial, branch)
             self._open_additions += int(state.addition.is_residual)
-            if state.reads:
-                self._complete_sublayer()
-                mixed = self._mix(edit, position, state)
-                _redirect_reads(edit, state, mixed)
-            else:
+            if not state.reads:
                 # Who asks for its shape or dtype only may ask the skip as well.
                 skip = edit.cast(state.addition.skip, dtype_of(state.node))
                 state.node.replace_all_uses_with(skip)
+                return None
+            self._complete_sublayer()
+            mixed = self._mix(edit, position, state)
+            state.node.replace_all_uses_with(mixed)
+            return mixed
 
     def _complete_sublayer(self) -> None:
         if self._open_additions == 0:
@@ -120,7 +122,7 @@ class _StreamWriter:
             self._completed.append(self._partial)
             self._partial = None
 
-    def _branch(self, edit: _Editor, addition: Addition) -> fx.Node:
+    def _branch(self, edit: Editor, addition: Addition) -> fx.Node:
         """What the addition adds, in the root's layout and the state's dtype."""
         branch = _branch_operand(edit, addition)
         if shape_of(branch) != shape_of(addition.node):
@@ -130,7 +132,7 @@ class _StreamWriter:
             branch = edit.call(aten.reshape_as.default, branch, self._root)
         return branch
 
-    def _mix(self, edit: _Editor, position: int, state: State) -> fx.Node:
+    def _mix(self, edit: Editor, position: int, state: State) -> fx.Node:
         sources = [self._root, *self._completed]
         if self._partial is not None:
             sources.append(self._partial)
@@ -152,29 +154,7 @@ class _StreamWriter:
         return mixed
 
 
-class _Editor:
-    """Inserts nodes before an anchor, with example values and the anchor's provenance."""
-
-    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
-        self._graph = graph
-        self._anchor = anchor
-        self._key = next((k for k in ("val", "example_value") if k in anchor.meta), None)
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self._graph.call_function(target, args, kwargs)
-        node.meta.update({k: self._anchor.meta[k] for k in _PROVENANCE if k in self._anchor.meta})
-        if self._key is not None:
-            node.meta[self._key] = _evaluate(node)
-        return node
-
-    def add(self, left: fx.Node, right: fx.Node) -> fx.Node:
-        return self.call(aten.add.Tensor, self.cast(left, dtype_of(right)), right)
-
-    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if dtype_of(node) == dtype else self.call(aten.to.dtype, node, dtype)
-
-
-def _branch_operand(edit: _Editor, addition: Addition) -> fx.Node:
+def _branch_operand(edit: Editor, addition: Addition) -> fx.Node:
     """The branch of ``skip + alpha * branch``, ``skip - branch`` or ``addcmul(skip, a, b)``."""
     node = addition.node
     if ops.operation(node) == "addcmul":
@@ -185,34 +165,16 @@ def _branch_operand(edit: _Editor, addition: Addition) -> fx.Node:
     return _scaled(edit, branch, -factor if ops.operation(node) == "sub" else factor)
 
 
-def _scaled(edit: _Editor, branch: fx.Node, factor: float) -> fx.Node:
+def _scaled(edit: Editor, branch: fx.Node, factor: float) -> fx.Node:
     return branch if factor == 1 else edit.call(aten.mul.Tensor, branch, factor)
 
 
-def _redirect_reads(edit: _Editor, state: State, mixed: fx.Node) -> None:
-    """Every reader of the state reads the mix; so do readers of memory it was written into."""
-    stale = [read for read in state.reads if _is_older(read.operand, state.node)]
-    state.node.replace_all_uses_with(mixed)
-    for read in stale:
-        same = shape_of(read.operand) == shape_of(mixed)
-        viewed = mixed if same else edit.call(aten.reshape_as.default, mixed, read.operand)
-        read.user.replace_input_with(read.operand, viewed)
-
-
-def _is_older(node: fx.Node, than: fx.Node) -> bool:
-    return node is not than and node < than
-
-
-def _evaluate(node: fx.Node) -> Any:
-    """The example value of a new node, computed on fake tensors."""
-    args = fx.node.map_arg(node.args, value_of)
-    kwargs = fx.node.map_arg(node.kwargs, value_of)
-    assert callable(node.target)
-    # The mode of the values themselves: the ambient one may be another's. Without gradients, or
-    # the user's hooks on saved tensors would be called with fake ones.
-    fakes = [leaf for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)]
-    with torch.no_grad(), fakes[0].fake_mode if fakes else nullcontext():
-        return node.target(*args, **kwargs)
+def _unread(state: State) -> MismatchError:
+    line = source_line(state.node) or "an unknown line"
+    return MismatchError(
+        f"the residual addition at {line} is read in a way that the rewrite could not follow; make "
+        "it out of place. Please report this."
+    )
 
 
 def _cumulative(lengths: Sequence[int]) -> set[int]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 BRANCHES = tuple("linear polynomial attention low_rank experts pooling scaled scan".split())
 SPELLINGS = tuple("left right function method alpha subtracted product flattened".split())
 CARRIERS = tuple("plain copied contiguous cast widened viewed turned unsqueezed".split())
-IN_PLACE = "in place"
+IN_PLACE = ("in place", "statement", "statement on a view", "subtracted statement")
+"""In place; as statements, after which the state is read by the name of the one before."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ def _residuals(*, first: bool) -> st.SearchStrategy[Residual]:
     return st.builds(
         Residual,
         branches=_branches(),
-        spelling=st.sampled_from(SPELLINGS if first else (*SPELLINGS, IN_PLACE)),
+        spelling=st.sampled_from(SPELLINGS if first else (*SPELLINGS, *IN_PLACE)),
         carrier=st.sampled_from(CARRIERS),
         normed=st.booleans(),
         crossed=st.booleans() if not first else st.just(False),
         read_between=st.booleans(),
-    ).map(lambda r: replace(r, carrier="plain") if r.spelling == IN_PLACE else r)
+    ).map(lambda r: replace(r, carrier="plain") if r.spelling in IN_PLACE else r)
 
 
 def _steps(depth: int) -> st.SearchStrategy[Step]:

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from random_recipes import IN_PLACE, Absorb, Residual
+from random_recipes import Absorb, Residual
 
 BATCH, LENGTH, WIDTH = 2, 4, 8
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.view(-1, WIDTH)
+
+
+def _after(_statement: Tensor, name: Tensor) -> Tensor:
+    return name
 
 
 _SPELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -26,7 +30,10 @@ _SPELLED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "subtracted": lambda skip, branch, scale: skip - branch,
     "product": lambda skip, branch, scale: torch.addcmul(skip, branch.type_as(skip), scale),
     "flattened": lambda skip, branch, scale: (_flat(branch) + _flat(skip)).view(BATCH, LENGTH, -1),
-    IN_PLACE: lambda skip, branch, scale: skip.add_(branch),
+    "in place": lambda skip, branch, scale: skip.add_(branch),
+    "statement": lambda skip, branch, scale: _after(skip.add_(branch), skip),
+    "statement on a view": lambda s, branch, scale: _after(_flat(s).add_(_flat(branch)), s),
+    "subtracted statement": lambda skip, branch, scale: _after(skip.sub_(branch), skip),
 }
 _CARRIED: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,

@@ -18,6 +18,7 @@ from attnres_compile.passes.classify_readers import channel_dimension
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import dtype_of, shape_of, value_of
 from attnres_compile.passes.partition_blocks import partition_blocks
+from attnres_compile.passes.redirect_reads import redirect_reads
 from attnres_compile.passes.rewrite_residuals import MixLayout, rewrite_residuals
 from attnres_compile.passes.streams import ResidualStream
 from attnres_compile.stream_plans import num_sources
@@ -61,6 +62,7 @@ def rewrite_module(module: fx.GraphModule, config: AttnResConfig | None = None) 
     streams = find_streams(module.graph).streams
     mixed: list[fx.Node] = []
     parameters: set[str] = set()
+    redirect_reads(module.graph, streams)
     for number, stream in enumerate(streams):
         layout = _layout(stream, config)
         positions = [p for p, s in enumerate(stream.states) if s.reads and p > 0]

@@ -94,6 +94,25 @@ def test_one_sublayer_is_refused_with_its_place(unharmed: Any) -> None:
     assert "blocks.0, test_bad_input.py:" in sentence
 
 
+def test_convolutions_without_a_batch_dimension() -> None:
+    class Convolutions(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for conv in self.convs:
+                x = x + conv(torch.relu(x))
+            return x
+
+    model = Convolutions()
+    image = torch.randn(8, 6, 6)
+    sentence = refused(NothingToConvertError, lambda: attnres_compile.convert(model, (image,)))
+    assert "convolutions without a batch dimension, so its channel is dimension 0" in sentence
+    converted = attnres_compile.convert(model, (image[None],))
+    assert torch.allclose(converted(image[None]), model(image[None]), atol=1e-6)
+
+
 def test_inputs_that_cannot_be_inferred(unharmed: Any) -> None:
     model = unharmed(Branching())
     sentence = refused(InputError, lambda: attnres_compile.convert(model))
@@ -167,6 +186,57 @@ def test_a_child_named_attnres() -> None:
 def test_not_a_module() -> None:
     sentence = refused(InputError, lambda: attnres_compile.plan("llama"))  # type: ignore[arg-type]
     assert sentence == "expected a torch.nn.Module, not str."
+
+
+def test_an_attribute_named_plan(unharmed: Any) -> None:
+    class Planner(Stack):
+        def plan(self) -> int:
+            return 1
+
+    model = unharmed(Planner())
+    sentence = refused(InputError, lambda: attnres_compile.convert(model, (X,)))
+    assert sentence == (
+        "Planner has an attribute named 'plan' already, where a converted model keeps its plan; "
+        "rename it."
+    )
+    inside = nn.Sequential(Planner())
+    assert torch.equal(attnres_compile.convert(inside, (X,))(X), inside(X))
+
+
+def test_compiled_before() -> None:
+    model = torch.compile(Stack())
+    for call in (attnres_compile.convert, attnres_compile.plan):
+        sentence = refused(InputError, lambda call=call: call(model, (X,)))
+        assert sentence.startswith("the model was compiled before; convert it first")
+
+
+def test_arguments_of_another_type() -> None:
+    model = Stack()
+    for call in (attnres_compile.convert, attnres_compile.plan):
+        sentence = refused(InputError, lambda call=call: call(model, X))
+        assert sentence.endswith("it is a Tensor: pass (x,) for one input x.")
+        sentence = refused(InputError, lambda call=call: call(model, (), X))
+        assert sentence.endswith("as a dictionary; it is a Tensor.")
+        sentence = refused(ConfigError, lambda call=call: call(model, (X,), config={"eps": 1.0}))
+        assert sentence.endswith("as in AttnResConfig(num_blocks=4); it is a dict.")
+
+
+def test_an_owner_with_a_parametrized_weight() -> None:
+    class Scaled(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * self.scale)
+
+    model = Scaled()
+    nn.utils.parametrize.register_parametrization(model, "scale", nn.Softplus())
+    sentence = refused(InputError, lambda: attnres_compile.convert(model, (X,)))
+    assert sentence.startswith("the model has a parametrized weight; convert the model before")
+    below = Stack()
+    nn.utils.parametrizations.weight_norm(below.blocks[1].linear)
+    assert torch.equal(attnres_compile.convert(below, (X,))(X), below(X))
 
 
 def test_plan_and_config_together() -> None:

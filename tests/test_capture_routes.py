@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, fx, nn
 
 import attnres_compile
@@ -339,3 +341,81 @@ def test_a_model_that_cannot_be_captured_says_where_and_what_to_do(route: Any) -
     if route == "dynamo":
         assert "test_capture_routes.py:" in message
     assert "\n" not in message
+
+
+CAUSES = {
+    r"at test_capture_routes\.py:\d+ \(in <lambda>\): TypeError: .*": lambda m, x: m.norm(x, 1, 2),
+    r"AttributeError: .* has no attribute 'nothing'\. ": lambda m, x: m.nothing(x),
+    r"RuntimeError: Given normalized_shape=\[8\], expected .*\(\[2, 4, 7\]\)": lambda m, x: m.norm(
+        x[..., :7]
+    ),
+    r"marked as skipped: Dynamo does not know how to trace the builtin `time.sleep": lambda m, x: (
+        time.sleep(0)
+    ),
+    r"Data-dependent branching: Detected .*does not support": lambda m, x: x if x.sum() > 0 else -x,
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_it_says_what_the_code_itself_raised(cause: str) -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Any:
+            return CAUSES[cause](self, x)
+
+    with pytest.raises(CaptureError, match=cause) as caught:
+        capture(Failing(), (torch.randn(2, 4, 8),))
+    assert "\n" not in str(caught.value)
+
+
+def llava() -> tuple[nn.Module, dict[str, Any]]:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **small, num_hidden_layers=3, image_size=16, patch_size=8
+        ),
+        text_config=transformers.LlamaConfig(**small, num_hidden_layers=2, vocab_size=64),
+        image_token_index=5,
+    )
+    ids = torch.randint(6, 60, (2, 9))
+    ids[:, 1:5] = 5
+    images = torch.randn(2, 3, 16, 16)
+    model: nn.Module = transformers.LlavaForConditionalGeneration(config)
+    return model, {"input_ids": ids, "pixel_values": images, "use_cache": False}
+
+
+def depth_estimator() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.DPTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16,
+    )
+    return transformers.DPTForDepthEstimation(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+@pytest.mark.parametrize(("make", "additions"), [(llava, [6, 4]), (depth_estimator, [8, 2, 2, 2])])
+def test_a_model_that_asks_an_inner_one_for_its_hidden_states(
+    make: Any, additions: list[int]
+) -> None:
+    """transformers installs its hooks at the first such call, in a way that cannot be traced."""
+    model, inputs = make()
+    model = model.double().eval()
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    copied = copy.deepcopy(model)  # the library records twice where two models share layers
+    converted = attnres_compile.convert(copied, kwargs=inputs)
+    assert [len(stream.additions) for stream in converted.plan.streams] == additions
+    assert not any(module._forward_hooks for module in copied.modules())
+    name = "logits" if make is llava else "predicted_depth"
+    for _ in range(2):
+        assert relative_error(converted(**inputs)[name], model(**inputs)[name]) < 1e-10
+    randomize(converted)
+    assert relative_error(converted(**inputs)[name], model(**inputs)[name]) > 1e-6

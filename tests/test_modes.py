@@ -254,3 +254,28 @@ def test_on_the_meta_device() -> None:
     converted = attnres_compile.convert(model, (torch.empty(2, 4, 8, device="meta"),))
     assert {p.device.type for p in converted.parameters()} == {"meta"}
     assert converted(torch.empty(2, 4, 8, device="meta")).shape == (2, 4, 8)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_branches(kind: Any) -> None:
+    class Recurrent(Flat):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.ModuleList(kind(8, 8, batch_first=True) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for norm, cell in zip(self.norms, self.cells, strict=True):
+                x = x + cell(norm(x))[0]
+            return x
+
+    model = Recurrent().double()
+    inputs = torch.randn(2, 4, 8).double()
+    converted = attnres_compile.convert(model, (inputs,))
+    assert converted.plan.num_residual_additions == 3
+    for x in (inputs, torch.randn(3, 7, 8).double()):
+        assert error(converted(x), model(x)) < 1e-12
+        wanted, got = (
+            torch.autograd.grad(m(x).square().sum(), list(model.cells.parameters()))
+            for m in (model, converted)
+        )
+        assert all(error(a, b) < 1e-10 for a, b in zip(got, wanted, strict=True))

@@ -61,6 +61,9 @@ SCALE_INVARIANT = {
     "behind dropout": lambda m, x: m.norm(F.dropout(x, 0.5)),
     "times an inverse": lambda m, x: x * (1 / (x.std(-1, keepdim=True) + 1e-5)),
     "by floored norm": lambda m, x: x / torch.linalg.vector_norm(x, 2, -1, True).clamp_min(1e-12),
+    "by a general norm": lambda m, x: x / (torch.linalg.norm(x, dim=-1, keepdim=True) + 1e-6),
+    "by the largest magnitude": lambda m, x: x / x.abs().amax(-1, keepdim=True).clamp_min(1e-6),
+    "by the mean magnitude": lambda m, x: x / (x.abs().mean(-1, keepdim=True) + 1e-6),
     "beside its shape": lambda m, x: m.norm(x) + torch.zeros_like(x),
 }
 SEES_THE_SCALE = {
@@ -70,6 +73,7 @@ SEES_THE_SCALE = {
     "large eps": lambda m, x: rms_norm(m, x, eps=0.5),
     "half a norm": lambda m, x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** -0.25,
     "only centred": lambda m, x: x - x.mean(-1, keepdim=True),
+    "magnitude": lambda m, x: x.abs() - x.abs().amax(-1, keepdim=True),
     "softmax": lambda m, x: x.softmax(-1),
     "norm beside the state": lambda m, x: m.norm(x) + x,
     "activation before the norm": lambda m, x: m.norm(F.gelu(x)),
@@ -209,6 +213,17 @@ def test_channels_last(step: Body, x: Tensor) -> None:
 @pytest.mark.parametrize(("step", "x"), FIRST.values(), ids=FIRST)
 def test_channels_first(step: Body, x: Tensor) -> None:
     assert channel(twice(step), x) == 1
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_convolutions_without_a_batch_dimension(route: str) -> None:
+    image = twice(lambda m, x: x + m.conv(F.relu(x)))
+    assert channel(image, torch.randn(WIDTH, 6, 6), route=route) == 0
+    assert channel(image, torch.randn(1, WIDTH, 6, 6), route=route) == 1
+    signal = twice(lambda m, x: x + F.conv1d(F.relu(x), m.f.weight.unsqueeze(-1)))
+    assert channel(signal, torch.randn(WIDTH, 6), route=route) == 0
+    tokens = twice(lambda m, x: x + F.conv1d(F.relu(x).mT, m.f.weight.unsqueeze(-1)).mT)
+    assert channel(tokens, torch.randn(6, WIDTH), route=route) == -1
 
 
 def test_no_vote_on_images_is_no_answer() -> None:

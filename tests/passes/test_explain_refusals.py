@@ -39,6 +39,76 @@ def test_an_altered_skip_is_refused(kind: str, body: Body, route: str) -> None:
     assert refused(found) == [kind]
 
 
+def fused(m: Any, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, 8)
+    return torch.addmm(flat, m.norm(flat), m.f.weight)
+
+
+FUSED: dict[str, Body] = {
+    "matrix product": fused,
+    "batched product": lambda m, x: torch.baddbmm(x, m.f(x), m.g.weight.expand(2, 8, 8)),
+    "interpolation": lambda m, x: torch.lerp(x, m.f(m.norm(x)), 0.5),
+    "interpolation, turned": lambda m, x: torch.lerp(m.f(m.norm(x)), x, 0.5),
+    "sum of a stack": lambda m, x: torch.stack([x, m.f(m.norm(x))]).sum(0),
+}
+NOT_FUSED: dict[str, Body] = {
+    "bias": lambda m, x: torch.addmm(m.scale, x.reshape(-1, 8), m.f.weight),
+    "mask": lambda m, x: torch.baddbmm(m.positions.expand(2, 4, 8), m.f(x), m.g(x).mT @ m.h(x)),
+    "token shift": lambda m, x: torch.lerp(x, torch.roll(x, 1, 1), 0.5),
+    "two branches": lambda m, x: torch.stack([m.f(x), m.g(x)]).sum(0),
+    "sum over tokens": lambda m, x: m.f(x).sum(0),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("body", FUSED.values(), ids=FUSED)
+def test_an_addition_within_an_operator_is_refused(body: Body, route: str) -> None:
+    assert refused(analyse(body, route=route)) == ["fused-addition"]
+
+
+@pytest.mark.parametrize("body", NOT_FUSED.values(), ids=NOT_FUSED)
+def test_what_is_no_addition_within_an_operator(body: Body) -> None:
+    assert not refused(analyse(body))
+
+
+def test_lists_of_additions_are_refused() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return torch._foreach_add([x, m.scale], [m.f(x), m.scale])[0]
+
+    assert refused(analyse(body, route="dynamo")) == ["fused-addition"]
+
+
+def turned(m: Any, x: Tensor) -> Tensor:
+    x = x + m.f(m.norm(x))
+    x = x.transpose(1, 2)
+    x = x + (m.g(x.mT)).mT
+    return x.transpose(1, 2)
+
+
+def without_the_first_token(m: Any, x: Tensor) -> Tensor:
+    """Timesformer's: one of two attentions leaves the class token out."""
+    tokens = x[:, 1:] + m.f(m.norm(x[:, 1:]))
+    x = torch.cat((x[:, :1], tokens), 1)
+    return x + m.g(m.norm(x))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("body", [turned, without_the_first_token])
+def test_a_carrier_that_is_rearranged_between_additions(body: Body, route: str) -> None:
+    found = analyse(body, route=route)
+    assert not found.streams
+    assert refused(found) == ["rearranged-carrier", "rearranged-carrier"]
+
+
+def test_a_transposition_that_is_undone_is_no_rearrangement() -> None:
+    def undone(m: Any, x: Tensor) -> Tensor:
+        x = x + m.f(m.norm(x))
+        x = x.transpose(1, 2).transpose(1, 2)
+        return x + m.g(x)
+
+    assert not refused(analyse(undone))
+
+
 NOT_ALTERED: dict[str, Body] = {
     "rotary embedding": lambda m, x: m.scale * x + rotated(x) * m.scale,
     "token shift": lambda m, x: m.scale * x + torch.roll(x, 1, 1) * m.scale,

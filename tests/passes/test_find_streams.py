@@ -560,6 +560,29 @@ def test_a_state_overwritten_in_place_is_refused() -> None:
     assert depths(analyse(branch_overwritten)) == [2]
 
 
+def test_what_is_written_before_the_stream_starts_is_a_part_of_its_root() -> None:
+    def before(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        x[:, 0] = 1.0
+        x[:, 1:] += m.positions[1:]
+        x.mul_(4.0)
+        x[x < 0] = 0.0
+        for layer in (m.f, m.g):
+            x = x + layer(m.norm(x))
+        return x
+
+    def after(m: Any, x: Tensor) -> Tensor:
+        root = m.h(x)
+        x = root + m.f(m.norm(root))
+        root[:, 0] = 1.0
+        return x + m.g(m.norm(x))
+
+    found = analyse(before, route="dynamo")
+    assert depths(found) == [2]
+    assert not found.refusals
+    assert refused(analyse(after, route="dynamo")) == ["overwritten", "overwritten"]
+
+
 def test_a_carrier_overwritten_between_additions_is_refused() -> None:
     def scaled(m: Any, x: Tensor) -> Tensor:
         x = x + m.f(x)

@@ -149,9 +149,38 @@ def test_copies_preserve_the_value() -> None:
     assert ops.is_value_preserving(last(lambda m, x: x.contiguous()))
     assert ops.is_value_preserving(last(lambda m, x: x.clone()))
     assert ops.is_value_preserving(list(trace(nn.Sequential(nn.Identity())).graph.nodes)[1])
-    assert not ops.is_value_preserving(last(lambda m, x: x * 1))
+    assert not ops.is_value_preserving(last(lambda m, x: x * 2))
     assert not ops.is_value_preserving(last(lambda m, x: x.view(-1)))
     assert not ops.is_value_preserving(last(lambda m, x: x.to("meta")))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_neutral_numbers_change_nothing(route: str) -> None:
+    x = torch.ones(2, 4, 8)
+
+    def preserves(body: Body, x: Tensor = x) -> bool:
+        nodes = [n for n in trace(body, x, route=route).graph.nodes if n.op.startswith("call")]
+        return all(map(ops.is_value_preserving, nodes))
+
+    for body in (
+        lambda m, x: 0 + x,
+        lambda m, x: x + 0.0,
+        lambda m, x: torch.add(x, 0),
+        lambda m, x: x - 0,
+        lambda m, x: 1.0 * x,
+        lambda m, x: x / 1,
+    ):
+        assert preserves(body)
+    for body in (
+        lambda m, x: 0 - x,
+        lambda m, x: 1 / x,
+        lambda m, x: x + 1,
+        lambda m, x: x * 0,
+        lambda m, x: x + x,
+        lambda m, x: torch.sub(x, m.scale),
+    ):
+        assert not preserves(body)
+    assert not preserves(lambda m, x: x + 0.0, torch.ones(2, 4, 8, dtype=torch.int64))
 
 
 def test_permutations() -> None:

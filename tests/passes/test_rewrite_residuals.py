@@ -11,7 +11,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from attnres_compile.config import AttnResConfig
-from passes_helpers import Body, images, tokens
+from attnres_compile.errors import MismatchError
+from attnres_compile.passes.find_streams import find_streams
+from attnres_compile.passes.rewrite_residuals import MixLayout, rewrite_residuals
+from passes_helpers import Body, images, tokens, trace
 from rewriting_helpers import MIX, Rewritten, rewrite, run_both, text
 from tolerances import assert_matches
 
@@ -134,6 +137,93 @@ def copied_before_a_write(m: Any, x: Tensor) -> Tensor:
     return m.f(m.norm(x)) * first * second
 
 
+# Additions in place whose result is read by a name that is older than they are.
+
+
+def in_place_statements(m: Any, x: Tensor) -> Tensor:
+    for first, second in ((m.f, m.g), (m.g, m.h)):
+        x = x + first(m.norm(x))
+        x.add_(second(m.norm(x)))
+    return x
+
+
+def kept_name(m: Any, x: Tensor) -> Tensor:
+    x = m.h(x)
+    for layer in (m.f, m.g):
+        h = x + layer(x)
+        kept = h
+        h.add_(m.h(h))
+        x = kept
+    return kept
+
+
+def subtracted_in_place(m: Any, x: Tensor) -> Tensor:
+    for layer in (m.f, m.g):
+        x = x - layer(x)
+        x.sub_(m.h(x), alpha=2)
+    return x
+
+
+def added_through_a_view(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = m.h(x)
+    for layer in (m.f, m.g):
+        x = x + layer(x)
+        x.view(-1, 8).add_(m.h(x).view(-1, 8))
+    flat = x.view(-1, 8)
+    flat.add_(m.f(flat))
+    return x, x[:, 0]
+
+
+def copies_and_views_of_the_old_name(m: Any, x: Tensor) -> list[Tensor]:
+    x = x + m.f(x)
+    flat = x.view(-1, 8)
+    x.add_(m.g(x))
+    scaled = x.clone().mul_(2)
+    x.add_(m.h(flat).view(2, 4, 8))
+    return [scaled, x.double(), m.f(flat), m.g(x.view(-1, 8))]
+
+
+def absorbed_in_place(m: Any, x: Tensor) -> Tensor:
+    x = x + m.f(x)
+    x.add_(m.positions)
+    x = x + m.g(x)
+    x.add_(m.positions)
+    return m.norm(x)
+
+
+def unread_before_an_old_name(m: Any, x: Tensor) -> Tensor:
+    for _ in range(2):
+        n = m.norm(x)
+        x = x + m.f(n)
+        x.add_(m.g(n))
+    return x
+
+
+def nested_on_an_old_name(m: Any, x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = x + m.f(x)
+        x.add_(m.g(x))
+        y = x + m.h(x)
+        y = y + m.f(y)
+        x = x + m.h(y)
+    return x
+
+
+def written_before_it_starts(m: Any, x: Tensor) -> Tensor:
+    x = m.h(x)
+    x[:, 0].add_(1.0)
+    x.mul_(4.0)
+    x[:, 2, :4].zero_()
+    return pre_norm(m, x)
+
+
+def pythons_sum(m: Any, x: Tensor) -> Tensor:
+    """It starts from the number 0."""
+    for first, second in ((m.f, m.g), (m.g, m.h)):
+        x = sum([x, first(m.norm(x)), second(m.norm(x))])
+    return x * 1.0
+
+
 def reshaped(m: Any, x: Tensor) -> Tensor:
     """OPT's: the second sublayer works on flattened tokens."""
     for _ in range(2):
@@ -212,6 +302,16 @@ BODIES: tuple[Body, ...] = (
     in_place,
     state_in_the_branchs_memory,
     copied_before_a_write,
+    in_place_statements,
+    kept_name,
+    subtracted_in_place,
+    added_through_a_view,
+    copies_and_views_of_the_old_name,
+    absorbed_in_place,
+    unread_before_an_old_name,
+    nested_on_an_old_name,
+    written_before_it_starts,
+    pythons_sum,
     reshaped,
     transposed,
     absorbed_broadcast,
@@ -312,6 +412,17 @@ def test_new_nodes_say_where_they_come_from() -> None:
         assert "test_rewrite_residuals.py" in node.meta["stack_trace"]
         assert "example_value" in node.meta
         assert "attnres_module_calls" in node.meta
+
+
+def test_a_mix_without_a_reader_is_an_error() -> None:
+    """As there would be if a read of an older name were not redirected first."""
+    module = trace(lambda m, x, query: in_place_statements(m, x), tokens(), torch.zeros(8))
+    (stream,) = find_streams(module.graph).streams
+    query = module.graph.find_nodes(op="placeholder")[1]
+    parameters = dict.fromkeys(range(1, 5), (query, None))
+    layout = MixLayout((1, 1, 1, 1), True, 1e-6, -1)
+    with pytest.raises(MismatchError, match=r"is read in a way that the rewrite could not follow"):
+        rewrite_residuals(module.graph, stream, layout, parameters)
 
 
 # What the rewrite must leave alone.

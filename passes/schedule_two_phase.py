@@ -1,0 +1,293 @@
+"""Schedule the mixes of a block in two phases, so that each completed source is read once.
+
+All sites of a block attend over the same completed sources; only the partial sum changes from one
+to the next. So a block becomes (arXiv 2603.15031, section 4):
+
+* ``attnres::complete`` where a source is completed: the block sum and, while it is at hand, its
+  logits towards every later site that attends over it;
+* ``attnres::phase1`` where the block begins: the mixes over the completed sources, for all sites;
+* ``attnres::phase2`` at each site: that mix merged with the partial sum, by online softmax.
+
+In rows of D elements per token, with n completed sources and S sites, two phases move about
+``n + 6S`` forward and ``3n + 7S`` backward, one pass per site ``nS + 4S`` and ``3nS + 5S``. With at
+most two sources, or a single site, the one pass moves less, and is what is emitted: an
+``attnres::phase2`` that takes the completed sources themselves.
+
+Contract: values are the same to rounding, whatever the schedule. Every ``attnres::mix`` of which
+only the mix is used becomes an ``attnres::phase2``; nothing else but the additions that complete a
+block is changed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import fx
+
+from attnres_compile.kernels import phases  # noqa: F401  registers attnres::complete and so on
+from attnres_compile.kernels.reference import arithmetic_dtype
+from attnres_compile.passes import operations as ops
+from attnres_compile.passes.graph_editor import Editor, hoist
+from attnres_compile.passes.graph_values import dtype_of, shape_of
+
+aten = torch.ops.aten
+_FEWEST_SOURCES = 3
+_FEWEST_SITES = 2
+
+
+@dataclass(frozen=True)
+class Mix:
+    """An ``attnres::mix`` node and its arguments."""
+
+    node: fx.Node
+    sources: tuple[fx.Node, ...]
+    query: fx.Node
+    gain: fx.Node | None
+    eps: float
+    sums: bool
+    dim: int
+
+    @property
+    def form(self) -> tuple[fx.Node, float, int]:
+        """What mixes of one stream have in common."""
+        return self.sources[0], self.eps, self.dim
+
+
+@dataclass(frozen=True)
+class Block:
+    """Mixes that attend over the same completed sources, and over a partial sum or not."""
+
+    completed: tuple[fx.Node, ...]
+    mixes: tuple[Mix, ...]
+
+    @property
+    def in_two_phases(self) -> bool:
+        return len(self.completed) >= _FEWEST_SOURCES and len(self.mixes) >= _FEWEST_SITES
+
+    def renamed(self, names: Mapping[fx.Node, fx.Node]) -> Block:
+        mixes = tuple(
+            replace(mix, sources=tuple(names.get(s, s) for s in mix.sources)) for mix in self.mixes
+        )
+        return Block(tuple(names.get(s, s) for s in self.completed), mixes)
+
+    def partial_of(self, mix: Mix) -> tuple[fx.Node, ...]:
+        return mix.sources[len(self.completed) :]
+
+
+def schedule_two_phase(graph: fx.Graph, admits: Callable[[Mix], bool] = lambda _: True) -> None:
+    """Replaces the mixes of a graph by phases, in place.
+
+    Args:
+        graph: torch-level or ATen, with example values, after the residual streams were rewritten.
+        admits: which mixes to schedule; all others stay as they are.
+    """
+    for stream in _streams(graph, admits):
+        blocks = find_blocks(stream)
+        apart = [block for block in blocks if not block.in_two_phases]
+        together = [block for block in blocks if block.in_two_phases]
+        start = _first_computation(graph)
+        if not all(_hoist_parameters(mix, start) for block in together for mix in block.mixes):
+            apart, together = blocks, []
+        for block in apart:
+            for mix in block.mixes:
+                _write_one_pass(graph, block, mix)
+        if together:
+            _TwoPhaseWriter(graph, together, start).write()
+
+
+def find_blocks(mixes: Sequence[Mix]) -> list[Block]:
+    """Groups the mixes of one stream, in graph order, by the completed sources that they share.
+
+    A mix over completed sources alone opens the block of those that follow. Where none follow, as
+    at the end of the stream, it belongs to the block before, whose sum it takes for a partial one.
+    """
+    found: list[tuple[tuple[fx.Node, ...], list[Mix]]] = []
+    for position, mix in enumerate(mixes):
+        later = (m.sources for m in mixes[position + 1 :] if m.sources != mix.sources)
+        opens = next(later, ())[:-1] == mix.sources
+        completed = found[-1][0] if found else ()
+        if completed and (
+            mix.sources == completed or (mix.sources[:-1] == completed and not opens)
+        ):
+            found[-1][1].append(mix)
+            continue
+        alone = opens or len(mix.sources) == 1
+        found.append((mix.sources if alone else mix.sources[:-1], [mix]))
+    return [Block(completed, tuple(members)) for completed, members in found]
+
+
+def _streams(graph: fx.Graph, admits: Callable[[Mix], bool]) -> list[list[Mix]]:
+    streams: dict[tuple[fx.Node, float, int], list[Mix]] = {}
+    for node in graph.nodes:
+        if node.target in (torch.ops.attnres.mix, torch.ops.attnres.mix.default):
+            mix = _read(node)
+            plain = all(u.target is operator.getitem and u.args[1] == 0 for u in node.users)
+            if plain and admits(mix):
+                streams.setdefault(mix.form, []).append(mix)
+    return list(streams.values())
+
+
+def _read(node: fx.Node) -> Mix:
+    sources, query, gain, eps, sums, dim = node.args
+    rank = len(shape_of(sources[0]))  # type: ignore[index,arg-type]
+    return Mix(node, tuple(sources), query, gain, eps, sums, dim % rank - rank)  # type: ignore[arg-type,operator]
+
+
+def _first_computation(graph: fx.Graph) -> fx.Node:
+    return next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+
+def _hoist_parameters(mix: Mix, start: fx.Node) -> bool:
+    """Brings query and gain to the graph's beginning, where the first source is scored."""
+    return all(hoist(p, start) for p in (mix.query, mix.gain) if p is not None)
+
+
+def _effective_query(edit: Editor, mix: Mix) -> fx.Node:
+    """query * gain, [D] in the arithmetic dtype."""
+    dtype = arithmetic_dtype(dtype_of(mix.sources[0]))
+    query = edit.cast(mix.query, dtype)
+    return (
+        query if mix.gain is None else edit.call(aten.mul.Tensor, query, edit.cast(mix.gain, dtype))
+    )
+
+
+def _write_one_pass(graph: fx.Graph, block: Block, mix: Mix) -> None:
+    with graph.inserting_before(mix.node):
+        edit = Editor(graph, mix.node)
+        _write_phase2(edit, block, mix, _effective_query(edit, mix), sources=block.completed)
+
+
+def _write_phase2(
+    edit: Editor,
+    block: Block,
+    mix: Mix,
+    query: fx.Node,
+    *,
+    sources: Sequence[fx.Node] = (),
+    before: fx.Node | None = None,
+    statistics: fx.Node | None = None,
+) -> None:
+    merged = edit.call(
+        torch.ops.attnres.phase2.default,
+        before=before,
+        statistics=statistics,
+        sources=list(sources),
+        addends=list(block.partial_of(mix)),
+        query=query,
+        eps=mix.eps,
+        count=float(len(mix.sources)) if mix.sums else 1.0,
+        norm="none",
+        norm_weight=None,
+        norm_bias=None,
+        norm_eps=0.0,
+        norm_dtype=None,
+        wants_mix=True,
+        dim=mix.dim,
+        kernels="reference",
+    )
+    mixed = edit.call(operator.getitem, merged, 1)
+    for user in list(mix.node.users):
+        user.replace_all_uses_with(mixed)
+        user.graph.erase_node(user)
+    mix.node.graph.erase_node(mix.node)
+
+
+class _TwoPhaseWriter:
+    """Writes the blocks of one stream that are computed in two phases.
+
+    Their sites are numbered in order; row k of `_queries` is the effective query of site k.
+    """
+
+    def __init__(self, graph: fx.Graph, blocks: list[Block], start: fx.Node) -> None:
+        self._graph = graph
+        self._blocks = blocks
+        self._starts = list(accumulate((len(block.mixes) for block in blocks), initial=0))
+        mixes = [mix for block in blocks for mix in block.mixes]
+        with graph.inserting_before(start):
+            edit = Editor(graph, mixes[0].node)
+            self._rows = [_effective_query(edit, mix) for mix in mixes]
+            self._queries = edit.call(aten.stack.default, self._rows)
+        self._carriers: dict[fx.Node, fx.Node] = {}
+        self._logits: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def write(self) -> None:
+        sources = dict.fromkeys(s for block in self._blocks for s in block.completed)
+        completed = {source: self._complete(source) for source in sources}
+        for number, block in enumerate(self._blocks):
+            self._write_block(number, block.renamed(completed))
+
+    def _complete(self, source: fx.Node) -> fx.Node:
+        """Scores a source for all sites that attend over it; returns the node of its value."""
+        numbers = [i for i, block in enumerate(self._blocks) if source in block.completed]
+        using = range(numbers[0], numbers[-1] + 1)
+        first, end = self._starts[using.start], self._starts[using.stop]
+        mix = self._blocks[using.start].mixes[0]
+        addends = summands(source)
+        with self._graph.inserting_before(max(source.next, self._queries.next)):
+            edit = Editor(self._graph, source)
+            outputs = edit.call(
+                torch.ops.attnres.complete.default,
+                addends or [source],
+                self._rows_between(edit, first, end),
+                mix.eps,
+                mix.dim,
+                "reference",
+            )
+            value = edit.call(operator.getitem, outputs, 0)
+            logits = edit.call(operator.getitem, outputs, 1)
+            sizes = [len(self._blocks[i].mixes) for i in using]
+            parts = edit.call(aten.split_with_sizes.default, logits, sizes)
+            by_block = {i: edit.call(operator.getitem, parts, k) for k, i in enumerate(using)}
+        completed = value if addends else source
+        self._carriers[completed] = value
+        self._logits |= {(completed, i): part for i, part in by_block.items()}
+        if addends:
+            source.replace_all_uses_with(value)
+            self._graph.erase_node(source)
+        return completed
+
+    def _write_block(self, number: int, block: Block) -> None:
+        with self._graph.inserting_before(block.mixes[0].node):
+            edit = Editor(self._graph, block.mixes[0].node)
+            outputs = edit.call(
+                torch.ops.attnres.phase1.default,
+                list(block.completed),
+                [self._carriers[source] for source in block.completed],
+                [self._logits[source, number] for source in block.completed],
+                block.mixes[0].dim,
+                "reference",
+            )
+            mixes, statistics, carriers = (
+                edit.call(operator.getitem, outputs, i) for i in range(3)
+            )
+            statistics = edit.call(aten.unbind.int, statistics)
+            for i, source in enumerate(block.completed):
+                self._carriers[source] = edit.call(operator.getitem, carriers, i)
+        for j, mix in enumerate(block.mixes):
+            with self._graph.inserting_before(mix.node):
+                edit = Editor(self._graph, mix.node)
+                before = edit.call(operator.getitem, mixes, j)
+                part = edit.call(operator.getitem, statistics, j)
+                row = self._rows[self._starts[number] + j]
+                _write_phase2(edit, block, mix, row, before=before, statistics=part)
+
+    def _rows_between(self, edit: Editor, first: int, end: int) -> fx.Node:
+        if (first, end) == (0, len(self._rows)):
+            return self._queries
+        return edit.call(aten.slice.Tensor, self._queries, 0, first, end)
+
+
+def summands(node: fx.Node) -> list[fx.Node]:
+    """The two tensors that a node adds, if it does that and nothing else; otherwise none."""
+    if node.op not in ("call_function", "call_method") or ops.operation(node) != "add":
+        return []
+    addends = ops.operands(node)
+    plain = len(node.args) == 2 and not node.kwargs and ops.writes_into(node) is None
+    if not plain or len(addends) != 2:
+        return []
+    same = all((dtype_of(a), shape_of(a)) == (dtype_of(node), shape_of(node)) for a in addends)
+    return addends if same else []

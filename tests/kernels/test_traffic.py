@@ -1,0 +1,62 @@
+"""Rows per token that the kernels of a block load and store, counted in the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnres_compile.errors import BackendError
+from attnres_compile.kernels.traffic import count_traffic
+
+HERE = Path(__file__).parent
+COMPLETED = 8
+# The limits include scalars per token, queries, norm weights and what is left to be summed.
+LIMITS = {6: {"forward": 44, "backward": 66}, 12: {"forward": 84, "backward": 112}}
+
+
+def run_block(sites: int, width: int) -> dict[str, Any]:
+    worker = subprocess.run(
+        [
+            sys.executable,
+            str(HERE / "traffic_worker.py"),
+            str(sites),
+            str(width),
+            "512",
+            "bfloat16",
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert worker.returncode == 0, worker.stderr
+    found: dict[str, Any] = json.loads(worker.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("sites", [6, pytest.param(12, marks=pytest.mark.slow)])
+def test_rows_of_a_block(sites: int) -> None:
+    found = run_block(sites, 4096)
+    n, s = COMPLETED, sites
+    assert found["forward"]["kernels"] == {
+        "phase1_forward": n + s,
+        "phase2_forward": 2 + 3 + 5 * (s - 2),
+        "complete_forward": 3,
+    }
+    assert found["backward"]["kernels"] == {
+        "phase1_backward": n - 1 + s + 2 * n,
+        "phase2_backward": 3 + 6 * (s - 1),
+        "complete_backward": 3,
+    }
+    for direction, limit in LIMITS[sites].items():
+        total = sum(found[direction][kind] for kind in ("row", "statistic", "vector"))
+        assert total <= limit, f"{direction}: {total}"
+
+
+def test_only_the_interpreter_counts() -> None:
+    with pytest.raises(BackendError, match="set TRITON_INTERPRET=1"), count_traffic():
+        pass

@@ -1,0 +1,62 @@
+"""The generated kernels in Triton's interpreter: values, gradients, every element written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnres_compile.errors import BackendError
+from attnres_compile.kernels import phases
+
+HERE = Path(__file__).parent
+GROUPS = {
+    "few-sources": ["one-source", "two-sources", "two-phase", "no-tokens", "no-weights"],
+    "widths": ["wide", "wide-one-token", "many-tokens", "images"],
+    "sites": ["eight-sources", "twelve-sites", "thirteen-sites", "seventeen-sites"],
+    "limits": ["twenty-four-sites", "thirty-three-sources", "sixty-five-sites"],
+}
+
+
+def run_worker(*checks: str) -> dict[str, dict[str, float]]:
+    """What the worker finds too far from the specification, by check; all results start as NaN."""
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    worker = subprocess.run(
+        [sys.executable, str(HERE / "interpreted_worker.py"), *checks],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert worker.returncode == 0, worker.stderr
+    found = dict(json.loads(line) for line in worker.stdout.splitlines() if line.startswith("["))
+    assert found.keys() == set(checks)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_sizes(group: str, dtype: str) -> None:
+    found = run_worker(*[f"{name}:{dtype}" for name in GROUPS[group]])
+    assert not any(found.values()), found
+
+
+def test_in_double_precision() -> None:
+    found = run_worker("two-phase:float64", "images:float64")
+    assert not any(found.values()), found
+
+
+def test_rules() -> None:
+    checks = ("direct", "liger", "frozen", "missing", "layouts", "repeated", "opcheck")
+    found = run_worker(*checks)
+    assert not any(found.values()), found
+
+
+def test_a_cpu_without_the_interpreter_is_an_error() -> None:
+    source = torch.ones(2, 16)
+    rest = (torch.ones(16), 1e-6, 1.0, "none", None, None, 0.0, None, True, -1)
+    with pytest.raises(BackendError, match="set TRITON_INTERPRET=1 before Triton is imported"):
+        phases.phase2(None, None, [source], [], *rest, "triton")

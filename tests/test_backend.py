@@ -1,0 +1,137 @@
+"""torch.compile(converted, backend="attnres"): every choice of kernels against eager."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import backend_checks
+from attnres_compile import rewriting
+from attnres_compile.errors import BackendError
+from attnres_compile.functional import attnres
+from attnres_compile.kernels import cpp_phases
+from backend_checks import check_as_eager, check_training, compile_with, converted_model
+from tolerances import relative_error
+
+HERE = Path(__file__).parent
+MODELS = ["llama", "gpt2", "vit", "t5", "preact_resnet"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_are_those_of_eager(name: str) -> None:
+    check_as_eager(name, "auto")
+
+
+def test_the_reference_kernels() -> None:
+    check_as_eager("llama", "reference")
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_training_gives_the_losses_of_eager(name: str) -> None:
+    check_training(name, "auto")
+
+
+@pytest.mark.parametrize(
+    "checks", [["llama", "gpt2"], ["vit", "t5"], ["preact_resnet"]], ids="-".join
+)
+def test_interpreted_triton_kernels(checks: list[str]) -> None:
+    run_interpreted(*checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["train-llama", "train-vit"])
+def test_training_with_interpreted_triton_kernels(check: str) -> None:
+    run_interpreted(check)
+
+
+def run_interpreted(*checks: str) -> None:
+    worker = subprocess.run(
+        [sys.executable, str(HERE / "backend_checks.py"), *checks],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert worker.returncode == 0, worker.stderr[-4000:]
+    assert [f"passed {check}" for check in checks] == worker.stdout.splitlines()[-len(checks) :]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_other_sizes_compile_at_most_once_more(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_graphs = []
+    rewrite = rewriting.rewrite_dynamo_graph
+
+    def counting(*args: object) -> int:
+        compiled_graphs.append(args)
+        return rewrite(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("attnres_compile.backend.rewrite_dynamo_graph", counting)
+    converted, _ = converted_model("llama")
+    compiled = compile_with(converted, kernels)
+    for shape in [(2, 9), (3, 9), (3, 17), (5, 6), (4, 30)]:
+        ids = torch.randint(0, 50, shape)
+        assert relative_error(compiled(ids).logits, converted(ids).logits) < 1e-5
+    assert 1 <= len(compiled_graphs) <= 3  # the first, and one for each of two sizes
+
+
+def test_the_cpp_library_really_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in ("complete", "phase1", "phase2", "phase1_backward", "phase2_backward"):
+
+        def watched(
+            *args: object, of: str = name, run: object = getattr(cpp_phases, name)
+        ) -> object:
+            ran.append(of)
+            return run(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(cpp_phases, name, watched)
+    check_as_eager("llama", "reference")
+    assert not ran
+    check_as_eager("llama", "auto")
+    assert {"complete", "phase1", "phase2", "phase1_backward", "phase2_backward"} <= set(ran)
+
+
+def test_models_written_by_hand() -> None:
+    root, query = torch.randn(3, 8), torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(8, 8)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        sources = [x]
+        for row in query.unbind():
+            sources.append(torch.tanh(attnres(sources, row) @ weight))
+        return attnres(sources, query[0], aggregate="sum")
+
+    compiled = compile_with(model, "auto")  # type: ignore[arg-type]
+    assert relative_error(compiled(root), model(root)) < 1e-5
+
+
+def test_unknown_kernels_are_an_error() -> None:
+    converted, (args, kwargs) = converted_model("llama")
+    with pytest.raises(Exception, match="kernels='cuda' is unknown; use one of") as caught:
+        compile_with(converted, "cuda")(*args, **kwargs)
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), BackendError)
+
+
+def test_triton_on_a_cpu_is_an_error_outside_of_the_interpreter() -> None:
+    converted, (args, kwargs) = converted_model("llama")
+    with pytest.raises(Exception, match="kernels='triton' cannot run on cpu tensors"):
+        compile_with(converted, "triton")(*args, **kwargs)
+
+
+def test_a_check_fails_when_the_values_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cpp_phases.phase2
+
+    def wrong(*args: object) -> object:
+        partial, mixed, normed, saved = run(*args)  # type: ignore[arg-type]
+        return partial, mixed, normed * 1.001, saved
+
+    monkeypatch.setattr(cpp_phases, "phase2", wrong)
+    with pytest.raises(AssertionError):
+        backend_checks.check_as_eager("llama", "auto")

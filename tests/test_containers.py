@@ -1,0 +1,167 @@
+"""Models that are containers: `attnres` is a child of theirs, and not one of their layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnres_compile
+from attnres_compile.errors import AttnResError, InputError, UnconvertedPathError
+from conversions import error, randomize
+
+WIDTH = 16
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            x = x + linear(norm(x))
+        return x
+
+
+class ConvLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Net(nn.Sequential):
+    pass
+
+
+class Sliced(nn.Sequential):
+    """Indexes itself in every way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self[1:-1]:
+            x = layer(x)
+        for position in range(1, len(self)):
+            x = self[position](x)
+        return self[-1](x)
+
+
+class Listed(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class Named(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.values():
+            x = layer(x)
+        for name in self:
+            x = self[name](x)
+        return x
+
+
+def stem() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH)
+
+
+def trunk() -> nn.Module:
+    stages = [nn.Sequential(ConvLayer(), ConvLayer()), nn.Sequential(ConvLayer(), ConvLayer())]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), stem()]
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), *stages, *head)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "flat": (lambda: nn.Sequential(stem(), Layer(), Layer(), nn.LayerNorm(WIDTH)), (4,)),
+    "nested": (lambda: nn.Sequential(stem(), nn.Sequential(Layer(), Layer())), (4,)),
+    "subclass": (lambda: Net(stem(), nn.Sequential(Layer(), nn.Sequential(Layer()))), (4,)),
+    "images": (trunk, (4,)),
+    "sliced": (lambda: Sliced(stem(), Layer(), Layer(), nn.LayerNorm(WIDTH)), (8,)),
+    "list": (lambda: Listed([stem(), Layer(), Layer()]), (4,)),
+    "dictionary": (lambda: Named({"stem": stem(), "a": Layer(), "b": Layer()}), (4, 4)),
+}
+
+
+def inputs(name: str) -> Tensor:
+    size = (2, 3, 8, 8) if name == "images" else (2, 5, WIDTH)
+    return torch.randn(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_container_is_converted_without_loss(name: str) -> None:
+    make, additions = MODELS[name]
+    model, x = make().double(), inputs(name)
+    converted = attnres_compile.convert(model, (x,))
+    assert tuple(len(stream.additions) for stream in converted.plan.streams) == additions
+    assert error(converted(x), model(x)) < 1e-12
+    assert type(converted).__name__ == type(model).__name__
+    assert len(converted) == len(model)
+    assert list(converted) == list(model) or name in ("nested", "subclass", "images")
+    assert [n for n in converted.state_dict() if "attnres" not in n] == list(model.state_dict())
+    assert any(n.startswith("attnres.") for n in converted.state_dict())
+
+    randomize(converted)
+    trained = converted(x).detach()
+    assert error(trained, model(x)) > 1e-3
+    assert error(copy.deepcopy(converted)(x), trained) == 0
+    assert error(pickle.loads(pickle.dumps(converted))(x), trained) == 0
+    assert error(attnres_compile.export(converted, (x,)).module()(x), trained) < 1e-12
+    with pytest.warns(UserWarning, match="queries are not zero"):
+        stripped: Any = attnres_compile.strip(converted)
+    assert type(stripped) is type(model)
+    assert list(stripped.state_dict()) == list(model.state_dict())
+    assert error(stripped(x), model(x)) == 0
+
+
+def test_its_layers_are_indexed_as_before_and_a_slice_does_not_run() -> None:
+    model = Net(stem(), Layer(), Layer())
+    converted = attnres_compile.convert(model, (torch.randn(2, 5, WIDTH),))
+    assert converted[-1] is model[-1]
+    assert converted[1] is model[1]
+    part = converted[1:]
+    assert isinstance(part, Net)
+    assert list(part) == [model[1], model[2]]
+    with pytest.raises(UnconvertedPathError, match="call that module instead"):
+        part(torch.randn(2, 5, WIDTH))
+    for edit in (lambda: converted.__delitem__(0), lambda: converted.insert(0, stem())):
+        with pytest.raises(InputError, match="cannot be removed or moved; strip"):
+            edit()
+    del model[0]
+    assert len(model) == 2
+
+
+def test_a_container_that_runs_all_its_children_says_so() -> None:
+    class Children(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.children():
+                x = layer(x)
+            return x
+
+    x = torch.randn(2, 5, WIDTH)
+    converted = attnres_compile.convert(Children(stem(), Layer(), Layer()), (x,))
+    with pytest.raises(AttnResError, match="runs all the children of its module"):
+        converted(x)
+
+
+@pytest.mark.parametrize("make", [lambda: Net(stem(), Layer(), Layer()), Layer])
+def test_what_the_class_itself_makes_was_never_converted(make: Callable[[], nn.Module]) -> None:
+    x = torch.randn(2, 5, WIDTH)
+    model = make()
+    converted = attnres_compile.convert(model, (x,))
+    made = type(converted)(stem()) if isinstance(model, Net) else type(converted)()
+    assert type(made) is type(model)
+    assert not hasattr(made, "attnres")
+    assert made(x).shape == x.shape
+    assert isinstance(converted, type(model))
+    assert hasattr(converted, "attnres")

@@ -1,0 +1,43 @@
+"""The tutorial runs as it stands: every block of every page, in order, page by page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from attnres_compile.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    blocks = _BLOCK.findall(page.read_text())
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for language, text in blocks:
+        if language == "python":
+            exec(compile(text, page.name, "exec"), namespace)
+        else:
+            assert language == "console"
+            run_commands(text)
+    assert {language for language, _ in blocks} <= {"python", "console"}
+    assert len(blocks) >= 4
+
+
+def run_commands(text: str) -> None:
+    for line in text.splitlines():
+        assert line.startswith("$ attnres-compile "), line
+        assert main(shlex.split(line)[2:]) == 0, line
+
+
+def test_there_are_three_pages_that_lead_to_each_other() -> None:
+    assert len(PAGES) == 3
+    for page, following in zip(PAGES, [*PAGES[1:], PAGES[0]], strict=True):
+        assert f"]({following.name})" in page.read_text()

@@ -1,0 +1,101 @@
+"""Owners: the module that every call of which holds the planned streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnres_compile
+from conversions import error, randomize
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            x = x + linear(norm(x))
+        return x
+
+
+class Shared(nn.Module):
+    """One block, called in several places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.other = Block(), Block()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+
+class Outer(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + self.linear(self.norm(self.block(x))))
+
+
+class InAndOutOfAChain(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.norm(self.block(self.other(x))))
+
+
+class OnItsOwn(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.norm(self.block(self.norm(x))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "owners", "additions"),
+    [(Outer, ["", ""], [3, 2]), (InAndOutOfAChain, ["", ""], [4, 2]), (OnItsOwn, ["block"], [2])],
+)
+def test_every_call_of_an_owner_holds_its_streams(
+    kind: Any, owners: list[str], additions: list[int]
+) -> None:
+    model = kind().double()
+    x = torch.randn(2, 4, WIDTH).double()
+    converted = attnres_compile.convert(model, (x,))
+    assert [stream.owner for stream in converted.plan.streams] == owners
+    assert [len(stream.additions) for stream in converted.plan.streams] == additions
+    assert error(converted(x), model(x)) < 1e-12
+    randomize(converted)
+    assert error(converted(x), model(x)) > 1e-3
+
+
+class InPlace(nn.Module):
+    """Writes its additions into what it is called with, and its caller reads them there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.linears:
+            x.add_(linear(x))
+        return x.mean(1)
+
+
+class Caller(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inside = nn.Linear(WIDTH, WIDTH), InPlace()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        mean: Tensor = self.inside(x)
+        return x * mean[:, None]
+
+
+def test_an_owner_holds_the_memory_that_its_stream_writes_into() -> None:
+    model, x = Caller().double(), torch.randn(2, 4, WIDTH).double()
+    converted = attnres_compile.convert(model, (x,))
+    assert [stream.owner for stream in converted.plan.streams] == [""]
+    assert error(converted(x), model(x)) < 1e-12
+    alone = attnres_compile.plan(InPlace(), (x.float(),))
+    assert not alone.streams
+    assert "written in place into an input of the model" in alone.explain_refusals()
