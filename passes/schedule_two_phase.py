@@ -110,9 +110,8 @@ def find_blocks(mixes: Sequence[Mix]) -> list[Block]:
         later = (m.sources for m in mixes[position + 1 :] if m.sources != mix.sources)
         opens = next(later, ())[:-1] == mix.sources
         completed = found[-1][0] if found else ()
-        if completed and (
-            mix.sources == completed or (mix.sources[:-1] == completed and not opens)
-        ):
+        goes_on = mix.sources[:-1] == completed and not opens
+        if completed and (mix.sources == completed or goes_on):
             found[-1][1].append(mix)
             continue
         alone = opens or len(mix.sources) == 1
@@ -138,7 +137,8 @@ def _read(node: fx.Node) -> Mix:
 
 
 def _first_computation(graph: fx.Graph) -> fx.Node:
-    return next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    first: fx.Node = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    return first
 
 
 def _hoist_parameters(mix: Mix, start: fx.Node) -> bool:
