@@ -109,6 +109,16 @@ VERBS = {
   attnres-compile strip converted plain
   attnres-compile strip out.safetensors back.safetensors --json""",
     ),
+    "bench": Verb(
+        "measure bytes, compiled kernels, and time on a CPU or a GPU",
+        "attnres_compile.cli_bench",
+        "[options] {bytes,aot,cpu,gpu} ...",
+        """\
+  attnres-compile bench bytes --completed 8 --sublayers 6 --width 4096
+  attnres-compile bench aot --width 5120 --sources 9 --dtype bfloat16
+  attnres-compile bench cpu --shapes b --json cpu.json
+  attnres-compile bench gpu""",
+    ),
     "env": Verb(
         "print versions and devices, to paste into a bug report",
         "attnres_compile.cli_env",

@@ -92,11 +92,13 @@ def schedule_two_phase(graph: fx.Graph, admits: Callable[[Mix], bool] = lambda _
         start = _first_computation(graph)
         if not all(_hoist_parameters(mix, start) for block in together for mix in block.mixes):
             apart, together = blocks, []
+        # It writes the queries first: the node they stand before may be a mix that goes away.
+        writer = _TwoPhaseWriter(graph, together, start) if together else None
         for block in apart:
             for mix in block.mixes:
                 _write_one_pass(graph, block, mix)
-        if together:
-            _TwoPhaseWriter(graph, together, start).write()
+        if writer is not None:
+            writer.write()
 
 
 def find_blocks(mixes: Sequence[Mix]) -> list[Block]:

@@ -321,6 +321,7 @@ FLAGS = {
     "verify": "no-float64 files",
     "inspect": "depth-attention overwrite",
     "strip": "copy overwrite",
+    "bench": "",  # those of each benchmark: test_bench.py
     "env": "",
     "completion": "",
 }

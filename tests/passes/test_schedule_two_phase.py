@@ -140,3 +140,16 @@ def test_a_graph_without_mixes_stays() -> None:
         assert len(graph.nodes) == before
 
     captured(lambda t: t["root"] + t["branch0"], tensors(1), change)
+
+
+def test_a_mix_of_one_source_may_come_first() -> None:
+    def body(t: Tensors) -> Tensor:
+        sources = [t["root"]]
+        for i in range(5):
+            read = attnres(sources, t[f"query{i}"])
+            sources = [*sources, torch.tanh(read)]
+        partial = torch.tanh(attnres(sources, t["query5"]))
+        return attnres([*sources, partial], t["query6"])
+
+    graph = assert_unchanged_values(body, tensors(6), schedule_two_phase)
+    assert count(graph, "phase1") >= 1

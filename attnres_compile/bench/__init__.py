@@ -1,0 +1,1 @@
+"""Measurements of ``attnres-compile bench``: bytes, compiled kernels, CPU and GPU time."""

@@ -1,0 +1,137 @@
+"""The benchmarks of the command line: small ones, since what counts here is that they are right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnres_compile.bench import cpu, gpu
+from attnres_compile.bench.peers import peers
+from attnres_compile.bench.residual_model import ResidualModel
+from attnres_compile.cli import main, parser
+
+FLAGS = {
+    "bytes": "completed sublayers width tokens dtype norm",
+    "aot": "width sources sites dtype targets kernels",
+    "cpu": "shapes modes pairs",
+    "gpu": "width blocks sublayers tokens runs",
+}
+
+
+def results(path: Path, *argv: str) -> dict[str, Any]:
+    assert main(["bench", *argv, "--json", str(path)]) == 0
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert found["machine"]["torch"] == torch.__version__.partition("+")[0]
+    return found
+
+
+def test_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are those of the kernels by themselves: test_traffic.py counts the same."""
+    n, s = 3, 3
+    case = ("--completed", str(n), "--sublayers", str(s), "--width", "64", "--dtype", "float32")
+    found = results(tmp_path / "bytes.json", "bytes", *case)
+    forward, backward = found["forward"], found["backward"]
+    assert forward["launches"] == {
+        "phase1_weights": 1,
+        "phase1_forward": 1,
+        "phase2_forward": s,
+        "complete_forward": 1,
+    }
+    assert backward["launches"]["phase2_backward"] == s
+    assert backward["launches"]["phase1_backward"] == 1
+    assert backward["launches"]["complete_backward"] == 1
+    assert (forward["inductor"], backward["inductor"]) == (0, 0)
+    # Scalars per token and vectors are a tenth of a row each, at this width.
+    rows = {name: int(moved) for name, moved in forward["kernels"].items()}
+    assert rows["phase1_forward"] == n + s
+    assert rows["phase2_forward"] == 2 + 3 + 5 * (s - 2)
+    assert rows["complete_forward"] == 3
+    least = 2 + 3 + 5 * (s - 2) + n + s + 3
+    assert least < found["forward_rows"] < least + 2
+    least = n - 1 + s + 2 * n + 3 + 6 * (s - 1) + 3
+    assert least < found["backward_rows"] < least + 4
+    assert "attnres, counted" in capsys.readouterr().out
+
+
+def test_peers() -> None:
+    """The tables of the peers' report, for 8 sources with 6 sites."""
+    rows = {p.name.partition(",")[0]: (p.forward_rows, p.backward_rows) for p in peers(8, 6)}
+    assert rows["Liger"] == (245, 342)
+    assert rows["fast-attnres"] == (98, 325)
+    assert rows["vLLM and aiter"] == (72, None)
+    assert rows["catswe"] == (58, 155)
+    assert rows["minimum of two phases"] == (40, 60)
+
+
+def test_aot(tmp_path: Path) -> None:
+    argv = ("--width", "1024", "--targets", "sm_90", "--kernels", "complete")
+    (kernel,) = results(tmp_path / "aot.json", "aot", *argv)["kernels"]
+    assert (kernel["kernel"], kernel["target"], kernel["spills"]) == ("complete", "sm_90", 0)
+    assert kernel["registers"] > 0
+    assert kernel["loads"]["16"] > 0
+
+
+def test_cpu(tmp_path: Path) -> None:
+    argv = ("--shapes", "tiny", "--modes", "inference", "--pairs", "3")
+    found = results(tmp_path / "cpu.json", "cpu", *argv)
+    tiny = found["shapes"]["tiny"]
+    for key in ("inference_ratio", "compile_ratio", "eager_inference_ratio"):
+        assert found[key] == tiny[key] > 0
+    assert tiny["inference_compile_seconds"]["plain"] > 0.1, "found in a cache"
+
+
+def test_the_compared_networks_compute_the_same() -> None:
+    made, ids = cpu.models(cpu.SHAPES["tiny"])
+    expected = made["plain"](ids)
+    for name in ("converted", "naive"):
+        torch.testing.assert_close(made[name](ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_forms_on_a_gpu_compute_the_same() -> None:
+    root = torch.randn(5, 16)
+    outputs = []
+    for mixer in {mixer for mixer, _ in gpu.forms().values() if "_liger" not in mixer.__qualname__}:
+        torch.manual_seed(0)
+        outputs.append(ResidualModel([2, 2], 16, mixer)(root))
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpu_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "bench gpu needs a GPU" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (("bytes", "--completed", "2"), "at least 3 completed sources"),
+        (("aot", "--kernels", "phase 9"), "no kernel is called 'phase 9'"),
+        (("cpu", "--pairs", "0"), "must be positive"),
+        (("cpu", "--json", "nowhere/x.json"), "is no directory"),
+        (("fly",), "invalid choice"),
+        ((), "required: WHAT"),
+    ],
+)
+def test_misuse(argv: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *argv]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bench", FLAGS)
+def test_the_flags_are_frozen(bench: str) -> None:
+    def choices(of: argparse.ArgumentParser) -> Any:
+        assert of._subparsers is not None
+        return next(a.choices for a in of._subparsers._group_actions if a.choices)
+
+    actions = choices(choices(parser())["bench"])[bench]._actions
+    found = {o[2:] for action in actions for o in action.option_strings if o.startswith("--")}
+    assert found == {*FLAGS[bench].split(), *"help json no-color verbose quiet".split()}
