@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_editor import Editor, hoist, refresh
 from attnres_compile.passes.graph_values import dtype_of, is_tensor, shape_of
 from attnres_compile.passes.schedule_two_phase import summands
@@ -29,23 +30,31 @@ COMPLETE = torch.ops.attnres.complete.default
 
 def fuse_neighbours(graph: fx.Graph) -> None:
     """Moves additions and norms into the ``attnres::phase2`` nodes of a graph, in place."""
+    view = Dataflow.of(graph)
+    sites = [node for node in graph.nodes if node.target is PHASE2]
+    with_addition = [site for site in sites if _can_add(site, view)]
     stand_ins: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target is PHASE2:
+        if node in with_addition:
             _fuse_addition(node)
-            _fuse_norm(node)
+        if node.target is PHASE2:
+            _fuse_norm(node, view)
         if node.target in (PHASE2, COMPLETE):
             _pass_on_gradient(node, stand_ins)
 
 
-def _fuse_addition(site: fx.Node) -> None:
+def _can_add(site: fx.Node, view: Dataflow) -> bool:
+    """Whether the site's partial sum may as well be formed there: nobody needs it earlier."""
     addends: Any = site.kwargs["addends"]
-    if len(addends) != 1:
-        return
-    (partial,) = addends
+    both = summands(addends[0]) if len(addends) == 1 else []
+    if not both or any(user < site for user in addends[0].users):
+        return False
+    return not any(view.writes_between(addend, addends[0], site) for addend in both)
+
+
+def _fuse_addition(site: fx.Node) -> None:
+    (partial,) = site.kwargs["addends"]  # type: ignore[misc]
     both = summands(partial)
-    if not both or any(user < site for user in partial.users):
-        return
     with site.graph.inserting_after(site):
         updated = Editor(site.graph, site).call(operator.getitem, site, 0)
     partial.replace_all_uses_with(updated)
@@ -89,9 +98,9 @@ class _Norm:
     eps: float
 
 
-def _fuse_norm(site: fx.Node) -> None:
+def _fuse_norm(site: fx.Node, view: Dataflow) -> None:
     mixed = next(u for u in site.users if u.target is operator.getitem and u.args[1] == 1)
-    if site.kwargs["dim"] != -1:
+    if site.kwargs["dim"] != -1 or view.writes_between(mixed, mixed):
         return
     norm = _norm_of(mixed)
     if norm is None:

@@ -31,6 +31,7 @@ from torch import fx
 from attnres_compile.kernels import phases  # noqa: F401  registers attnres::complete and so on
 from attnres_compile.kernels.reference import arithmetic_dtype
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_editor import Editor, hoist
 from attnres_compile.passes.graph_values import dtype_of, shape_of
 
@@ -90,7 +91,8 @@ def schedule_two_phase(graph: fx.Graph, admits: Callable[[Mix], bool] = lambda _
         apart = [block for block in blocks if not block.in_two_phases]
         together = [block for block in blocks if block.in_two_phases]
         start = _first_computation(graph)
-        if not all(_hoist_parameters(mix, start) for block in together for mix in block.mixes):
+        hoisted = all(_hoist_parameters(mix, start) for block in together for mix in block.mixes)
+        if not hoisted or not _stay_as_completed(Dataflow.of(graph), together):
             apart, together = blocks, []
         # It writes the queries first: the node they stand before may be a mix that goes away.
         writer = _TwoPhaseWriter(graph, together, start) if together else None
@@ -146,6 +148,19 @@ def _first_computation(graph: fx.Graph) -> fx.Node:
 def _hoist_parameters(mix: Mix, start: fx.Node) -> bool:
     """Brings query and gain to the graph's beginning, where the first source is scored."""
     return all(hoist(p, start) for p in (mix.query, mix.gain) if p is not None)
+
+
+def _stay_as_completed(view: Dataflow, blocks: Sequence[Block]) -> bool:
+    """Whether nobody writes into a source after it was scored, while its sites still read it."""
+    sources = dict.fromkeys(source for block in blocks for source in block.completed)
+    return not any(view.writes_between(source, _scored_after(source, blocks)) for source in sources)
+
+
+def _scored_after(source: fx.Node, blocks: Sequence[Block]) -> fx.Node:
+    """Where a source is complete: at its addition, or where a site first reads what it found."""
+    if summands(source):
+        return source
+    return next(block.mixes[0].node for block in blocks if source in block.completed)
 
 
 def _effective_query(edit: Editor, mix: Mix) -> fx.Node:
@@ -229,7 +244,8 @@ class _TwoPhaseWriter:
         first, end = self._starts[using.start], self._starts[using.stop]
         mix = self._blocks[using.start].mixes[0]
         addends = summands(source)
-        with self._graph.inserting_before(max(source.next, self._queries.next)):
+        after = _scored_after(source, self._blocks)
+        with self._graph.inserting_before(after.next if addends else after):
             edit = Editor(self._graph, source)
             outputs = edit.call(
                 torch.ops.attnres.complete.default,

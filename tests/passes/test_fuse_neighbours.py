@@ -165,3 +165,32 @@ def broadcast(t: Tensors, partial: Tensor) -> Tensor:
 )
 def test_additions(body: Callable[[Tensors, Tensor], Tensor], addends: int) -> None:
     assert addition(body) == addends
+
+
+@pytest.mark.parametrize(("writes", "addends"), [(False, 2), (True, 1)])
+def test_an_addition_of_what_is_overwritten_stays_where_it_is(writes: bool, addends: int) -> None:
+    def body(t: Tensors) -> Tensor:
+        with torch.no_grad():
+            branch = torch.tanh(t["branch2"])
+            total = t["branch3"] + branch
+            if writes:
+                branch.mul_(3)
+            read = attnres([t["root"], t["branch0"], total], t["query2"]) + branch
+        return read + t["bias0"]
+
+    graph = assert_unchanged_values(body, tensors(4), schedule_and_fuse)
+    assert [len(site.kwargs["addends"]) for site in sites(graph)] == [addends]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("writes", "norm"), [(False, "layer"), (True, "none")])
+def test_the_norm_of_a_mix_that_is_overwritten_is_left(writes: bool, norm: str) -> None:
+    def body(t: Tensors) -> Tensor:
+        with torch.no_grad():
+            mixed = attnres([t["root"], t["branch0"]], t["query2"])
+            if writes:
+                mixed[:, 0] = 1.0
+            read = F.layer_norm(mixed, SHAPE, t["weight0"], t["bias0"])
+        return read + t["bias0"]
+
+    graph = assert_unchanged_values(body, tensors(2), schedule_and_fuse)
+    assert [site.kwargs["norm"] for site in sites(graph)] == [norm]

@@ -153,3 +153,26 @@ def test_a_mix_of_one_source_may_come_first() -> None:
 
     graph = assert_unchanged_values(body, tensors(6), schedule_two_phase)
     assert count(graph, "phase1") >= 1
+
+
+def written_root(t: Tensors, when: str) -> Tensor:
+    """Block AttnRes over a root that is overwritten before its sites, or between them."""
+    root = torch.tanh(t["root"])
+    if when == "before":
+        root.mul_(3)
+    sources = [root, t["branch0"], t["branch1"]]
+    partial = torch.tanh(attnres(sources, t["query0"]).detach())
+    if when == "between":
+        root.mul_(3)
+    return attnres([*sources, partial], t["query1"])
+
+
+@pytest.mark.parametrize(("when", "phase1"), [("never", 1), ("before", 1), ("between", 0)])
+def test_a_source_is_scored_when_it_is_as_its_sites_read_it(when: str, phase1: int) -> None:
+    def inference(t: Tensors) -> Tensor:
+        with torch.no_grad():
+            read = written_root(t, when)
+        return read + t["bias0"]  # something to differentiate
+
+    graph = assert_unchanged_values(inference, tensors(2), schedule_two_phase)
+    assert count(graph, "phase1") == phase1
