@@ -53,7 +53,8 @@ def _can_add(site: fx.Node, view: Dataflow) -> bool:
 
 
 def _fuse_addition(site: fx.Node) -> None:
-    (partial,) = site.kwargs["addends"]  # type: ignore[misc]
+    addends: Any = site.kwargs["addends"]
+    (partial,) = addends
     both = summands(partial)
     with site.graph.inserting_after(site):
         updated = Editor(site.graph, site).call(operator.getitem, site, 0)
