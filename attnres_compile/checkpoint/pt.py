@@ -167,7 +167,8 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            values: Any = flat.view(torch.uint8).numpy()
+            digest.update(values)
     return digest.hexdigest()
 
 
