@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attnres_compile.kernels.phase2 import NORMS
 from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.kernels.reference import arithmetic_dtype
 
@@ -25,7 +26,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _SOURCE = Path(__file__).parent / "templates" / "phases.cpp"
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
-_NORMS = ("none", "rms", "layer")
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "d": ctypes.c_double, "i": ctypes.c_int}
 _SIGNATURES = {
     "complete": "pppppp ld ll i",
@@ -204,7 +204,7 @@ def phase2(
     partial = torch.empty_like(like) if branch is not None else None
     mixed = torch.empty_like(like) if wants_mix or norm == "none" else None
     normed = torch.empty_like(like, dtype=norm_dtype) if norm != "none" else None
-    saved = query.new_empty((2 * len(direct) + _NORMS.index(norm), *like.shape[:-1]))
+    saved = query.new_empty((2 * len(direct) + NORMS.index(norm), *like.shape[:-1]))
     _function("phase2", like.dtype)(
         _at(before),
         _at(statistics),
@@ -215,7 +215,7 @@ def phase2(
         _at(query := query.contiguous()),
         eps,
         count,
-        _NORMS.index(norm),
+        NORMS.index(norm),
         _at(weight),
         _at(bias),
         norm_eps,
@@ -280,7 +280,7 @@ def phase2_backward(
         len(direct),
         _at(query := query.contiguous()),
         count,
-        _NORMS.index(norm),
+        NORMS.index(norm),
         _at(weight),
         _at(saved := saved.contiguous()),
         _at(grad_before),

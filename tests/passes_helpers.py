@@ -99,3 +99,17 @@ def refused(analysis: StreamAnalysis) -> list[str]:
 
 def refused_kinds(refusals: Iterable[Refusal]) -> list[str]:
     return [refusal.kind for refusal in refusals]
+
+
+def twice(step: Body) -> Body:
+    """The same step two times: two sublayers, where one would be too few."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return step(m, step(m, x))
+
+    return body
+
+
+def pre_norm(m: Any, x: Tensor) -> Tensor:
+    x = x + m.f(m.norm(x))
+    return x + m.g(m.norm(x))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnres_compile.passes.classify_readers import Reader, channel_dimension, classify_readers
 from attnres_compile.passes.find_streams import find_streams
-from passes_helpers import ROUTES, WIDTH, Body, Branches, images, tokens, trace
+from passes_helpers import ROUTES, WIDTH, Body, Branches, images, tokens, trace, twice
 
 
 def readers_of_middle(read: Body, route: str = "symbolic") -> tuple[Reader, ...]:
@@ -156,10 +156,6 @@ def test_batch_norm_is_no_scale_invariant_reader_in_either_mode() -> None:
 def channel(body: Body, *inputs: Tensor, route: str = "symbolic") -> int | None:
     (stream,) = find_streams(trace(Branches(body), *inputs, route=route).graph).streams
     return channel_dimension(stream)
-
-
-def twice(step: Body) -> Body:
-    return lambda m, x: step(m, step(m, x))
 
 
 def channels_last(m: Any, x: Tensor) -> Tensor:
