@@ -19,10 +19,17 @@ from backend_checks import check_as_eager, check_training, compile_with, convert
 from tolerances import relative_error
 
 HERE = Path(__file__).parent
-MODELS = ["llama", "gpt2", "vit", "t5", "preact_resnet"]
 
 
-@pytest.mark.parametrize("name", MODELS[1:])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        "preact_resnet",
+        pytest.param("gpt2", marks=pytest.mark.slow),
+        pytest.param("t5", marks=pytest.mark.slow),
+    ],
+)
 def test_outputs_and_gradients_are_those_of_eager(name: str) -> None:
     check_as_eager(name, "auto")
 

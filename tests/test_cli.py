@@ -305,7 +305,7 @@ def test_a_pickled_module_only_when_allowed(
     argv = ["convert", tmp_path / "module.pt", tmp_path / "out.pt", "--input-shape", "6,5"]
     code, _, err = said(capsys, *argv)
     assert code == 2
-    assert "would run code when it is opened (conversions.Tower" in err
+    assert "would run code when it is opened (conversions." in err
 
     assert said(capsys, *argv, "--allow-pickle")[0] == 0
     converted = attnres_compile.load(tmp_path / "out.pt", allow_pickle=True)

@@ -40,13 +40,14 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
         pytest.param({"block_sublayers": 1}, id="full"),
     ],
 )
-@pytest.mark.parametrize("aggregate", ["sum", "mean"])
 @pytest.mark.parametrize(
-    "dtype",
+    ("aggregate", "dtype"),
     [
-        # float64 tells most; the same matrix in float32 takes as long again
-        pytest.param(torch.float64, id="float64"),
-        pytest.param(torch.float32, id="float32", marks=pytest.mark.slow),
+        # float64 tells most, and the mean differs by one factor: each of the others takes as long
+        pytest.param("sum", torch.float64, id="float64-sum"),
+        pytest.param("mean", torch.float64, id="float64-mean", marks=pytest.mark.slow),
+        pytest.param("sum", torch.float32, id="float32-sum", marks=pytest.mark.slow),
+        pytest.param("mean", torch.float32, id="float32-mean", marks=pytest.mark.slow),
     ],
 )
 def test_random_queries_equal_the_oracle(
@@ -56,8 +57,8 @@ def test_random_queries_equal_the_oracle(
 
 
 @every_case
-def test_float32_equals_the_oracle(case: OracleCase) -> None:
-    compare_with_oracle(case, {"num_blocks": 3}, torch.float32)
+def test_the_mean_in_float32_equals_the_oracle(case: OracleCase) -> None:
+    compare_with_oracle(case, {"num_blocks": 3, "aggregate": "mean"}, torch.float32)
 
 
 def test_default_options_equal_the_oracle() -> None:

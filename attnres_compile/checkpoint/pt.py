@@ -201,7 +201,7 @@ def _refuse(path: Path, error: Exception) -> None:
         raise CheckpointError(
             f"{path.name} is damaged or no PyTorch file: {in_words(error)}"
         ) from error
-    names = sorted(names, key=lambda name: name.startswith("torch."))  # a stranger's tell more
+    names.sort(key=lambda name: (name.startswith("torch."), name))  # a stranger's tell more
     listed = ", ".join(names[:4]) or "code"
     raise UnsafeFileError(
         f"{path.name} is a pickle that would run code when it is opened ({listed:.200}); save a "
