@@ -1,7 +1,8 @@
 """The phases of Block Attention Residuals on a CPU, by a small C++ library compiled on first use.
 
 The same six functions as in ``plain_phases.py``, with the same arguments and results, for sources
-with the channels last. ``templates/phases.cpp`` holds the loops.
+with the channels last. ``templates/phases.cpp`` holds the loops over tokens, ``templates/rows.h``
+what they do with a row.
 
 Inductor could generate these loops, and does so when handed ``plain_phases.py``; but it generates
 them for every site anew, which made the first call three to six times as long. One library for all
@@ -23,7 +24,7 @@ from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.kernels.reference import arithmetic_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_SOURCE = Path(__file__).parent / "templates" / "phases.cpp"
+_SOURCES = [Path(__file__).parent / "templates" / name for name in ("rows.h", "phases.cpp")]
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "d": ctypes.c_double, "i": ctypes.c_int}
@@ -42,10 +43,9 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     from torch._inductor.codecache import CppCodeCache
 
     element = str(dtype).removeprefix("torch.")
-    library = CppCodeCache.load(
-        f"#define FOR_{element.upper()}\n{_SOURCE.read_text()}", extra_flags=_FLAGS
-    )
-    function = getattr(library, f"{name}_{element}")
+    source = "\n".join(path.read_text() for path in _SOURCES)
+    library = CppCodeCache.load(f"#define FOR_{element.upper()}\n{source}", extra_flags=_FLAGS)
+    function = getattr(library, name)
     function.restype = None
     function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name].replace(" ", "")]
     return function  # type: ignore[no-any-return]
@@ -190,7 +190,7 @@ def phase2(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
-    norm_dtype: torch.dtype,
+    norm_dtype: torch.dtype | None,
     wants_mix: bool,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -199,6 +199,7 @@ def phase2(
     direct = [tensor.contiguous() for tensor in (*sources, *addends[:1])]
     branch = addends[1].contiguous() if len(addends) > 1 else None
     like = direct[0] if before is None else before
+    norm_dtype = norm_dtype or like.dtype
     width, tokens, threads = _sizes(like)
     weight, bias = _vector(norm_weight, query), _vector(norm_bias, query)
     partial = torch.empty_like(like) if branch is not None else None

@@ -35,12 +35,15 @@ _PHASES = (
 )
 
 
-def lower(graph: fx.Graph, kernels: Kernels) -> None:
+def lower(graph: fx.Graph, kernels: Kernels) -> set[Implementation]:
     """Schedules, fuses and lowers the mixes of a graph, in place.
 
     Args:
         graph: torch-level or ATen, with example values, after the residual streams were rewritten.
         kernels: who is to compute the mixes.
+
+    Returns:
+        Who computes the phases that there are now.
 
     Raises:
         BackendError: kernels="triton" for tensors on a CPU outside of Triton's interpreter, or a
@@ -48,9 +51,7 @@ def lower(graph: fx.Graph, kernels: Kernels) -> None:
     """
     schedule_two_phase(graph, lambda mix: implementation(mix, kernels) != "mix")
     fuse_neighbours(graph)
-    for node in graph.nodes:
-        if node.target in _PHASES:
-            _assign(node, kernels)
+    return {_assign(node, kernels) for node in graph.nodes if node.target in _PHASES}
 
 
 def implementation(mix: Mix, kernels: Kernels) -> Implementation:
@@ -66,7 +67,7 @@ def implementation(mix: Mix, kernels: Kernels) -> Implementation:
     return "mix"
 
 
-def _assign(node: fx.Node, kernels: Kernels) -> None:
+def _assign(node: fx.Node, kernels: Kernels) -> Implementation:
     """Names the implementation in the last argument of a phase."""
     source = value_of(node.all_input_nodes[0])
     on_gpu = kernels == "triton" or source.device.type == "cuda"
@@ -76,8 +77,9 @@ def _assign(node: fx.Node, kernels: Kernels) -> None:
         check_device(source)
     else:
         cpp_phases.prepare(source.dtype)
-    name = "triton" if on_gpu else "cpp"
+    name: Implementation = "triton" if on_gpu else "cpp"
     if "kernels" in node.kwargs:
         node.update_kwarg("kernels", name)
     else:
         node.update_arg(len(node.args) - 1, name)
+    return name

@@ -1,0 +1,323 @@
+// Rows of numbers on a CPU: dot products, weighted sums, softmax and norms, in vectors that fit the
+// machine's. phases.cpp follows in the same translation unit, compiled once per element type with
+// FOR_FLOAT32 or the like defined. Arithmetic is done in Real, double for double and otherwise
+// float, and rounded to Element once.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#include <omp.h>
+
+#define INLINE __attribute__((always_inline))
+
+namespace {
+
+#if defined(FOR_FLOAT64)
+using Real = double;
+#else
+using Real = float;
+#endif
+
+// Vectors: the compiler splits or joins them where the machine's are of another width -------------
+
+#if defined(__AVX512F__)
+constexpr int LANES = 64 / sizeof(Real);
+#else
+constexpr int LANES = 32 / sizeof(Real);
+#endif
+typedef Real Vector __attribute__((vector_size(LANES * sizeof(Real))));
+template <typename V> constexpr int lanes = std::is_same<V, Vector>::value ? LANES : 1;
+
+template <typename V> INLINE inline V load(const Real *from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+template <typename V> INLINE inline void store(Real *to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+INLINE inline Real rounded(Real value, const Real *) { return value; }
+INLINE inline Vector rounded(Vector value, const Real *) { return value; }
+
+#if defined(FOR_BFLOAT16)
+struct Element {
+  uint16_t bits;
+};
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+
+template <typename To, typename From> INLINE inline To same_bits(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+template <typename V> INLINE inline V load(const Element *from);
+template <> INLINE inline Real load<Real>(const Element *from) {
+  return same_bits<Real>(uint32_t(from->bits) << 16);
+}
+template <> INLINE inline Vector load<Vector>(const Element *from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return same_bits<Vector>(__builtin_convertvector(halves, Words) << 16);
+}
+// To nearest, ties to even; a NaN stays one.
+INLINE inline uint32_t upper_bits(uint32_t word) {
+  bool is_nan = (word & 0x7fffffff) > 0x7f800000;
+  return is_nan ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+INLINE inline Words upper_bits(Words word) {
+  Words is_nan = (Words)((word & 0x7fffffff) > 0x7f800000);
+  return (is_nan & 0x7fc0) | (~is_nan & ((word + 0x7fff + ((word >> 16) & 1)) >> 16));
+}
+INLINE inline void store(Element *to, Real value) {
+  to->bits = uint16_t(upper_bits(same_bits<uint32_t>(value)));
+}
+INLINE inline void store(Element *to, Vector value) {
+  Halves halves = __builtin_convertvector(upper_bits(same_bits<Words>(value)), Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+INLINE inline Real rounded(Real value, const Element *) {
+  return same_bits<Real>(upper_bits(same_bits<uint32_t>(value)) << 16);
+}
+INLINE inline Vector rounded(Vector value, const Element *) {
+  return same_bits<Vector>(upper_bits(same_bits<Words>(value)) << 16);
+}
+#else
+using Element = Real;
+#endif
+
+INLINE inline Real total_of(Real value) { return value; }
+INLINE inline Real total_of(Vector value) {
+  typedef Real Half __attribute__((vector_size(LANES / 2 * sizeof(Real))));
+  Half halves[2];
+  std::memcpy(halves, &value, sizeof(value));
+  Half half = halves[0] + halves[1];
+  Real total = 0;
+  for (int lane = 0; lane < LANES / 2; ++lane) total += half[lane];
+  return total;
+}
+
+// Several sums at once, each in vectors of its own, since one addition waits for the last.
+struct Sum {
+  Vector parts[2] = {};
+  Real rest = 0;
+  template <int WAY> INLINE void add(std::integral_constant<int, WAY>, Vector value) {
+    parts[WAY] += value;
+  }
+  template <int WAY> INLINE void add(std::integral_constant<int, WAY>, Real value) { rest += value; }
+  INLINE Real total() const { return total_of(parts[0] + parts[1]) + rest; }
+};
+
+// body(kind of value, which of two sums it belongs to, position) over a row.
+template <typename Body> INLINE inline void each(int64_t width, Body body) {
+  constexpr std::integral_constant<int, 0> even{};
+  constexpr std::integral_constant<int, 1> odd{};
+  int64_t d = 0;
+  for (; d + 2 * LANES <= width; d += 2 * LANES) {
+    body(Vector{}, even, d);
+    body(Vector{}, odd, d + LANES);
+  }
+  for (; d + LANES <= width; d += LANES) body(Vector{}, even, d);
+  for (; d < width; ++d) body(Real{}, even, d);
+}
+#define EACH [&](auto kind, auto way, int64_t d) INLINE
+#define KIND decltype(kind)
+
+template <typename A, typename B> INLINE inline Real dot(const A *left, const B *right, int64_t width) {
+  Sum sum;
+  each(width, EACH { sum.add(way, load<KIND>(left + d) * load<KIND>(right + d)); });
+  return sum.total();
+}
+
+template <typename A, typename B> INLINE inline void copy_row(A *to, const B *from, int64_t width) {
+  each(width, EACH { store(to + d, load<KIND>(from + d)); });
+}
+
+// results[j * stride] = left . rights[j], four at a time, so that `left` is loaded once for them.
+template <typename A, typename B>
+void dots(const A *left, const B *const *rights, int64_t count, int64_t width, Real *results,
+          int64_t stride) {
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    Sum sums[4];
+    each(width, EACH {
+      auto value = load<KIND>(left + d);
+      for (int k = 0; k < 4; ++k) sums[k].add(way, value * load<KIND>(rights[j + k] + d));
+    });
+    for (int k = 0; k < 4; ++k) results[(j + k) * stride] = sums[k].total();
+  }
+  for (; j < count; ++j) results[j * stride] = dot(left, rights[j], width);
+}
+
+template <int J, int WAYS, typename V, typename In, typename Start, typename Out>
+INLINE inline void combine_here(const In *const *rows, int64_t count, const Real *weights,
+                                int64_t across, int64_t along, const Start *const *starts,
+                                Out *const *outs, int64_t d) {
+  V totals[J][WAYS];
+  for (int j = 0; j < J; ++j)
+    for (int k = 0; k < WAYS; ++k)
+      totals[j][k] = starts && starts[j] ? load<V>(starts[j] + d + k * lanes<V>) : V{};
+  for (int64_t i = 0; i < count; ++i) {
+    V values[WAYS];
+    for (int k = 0; k < WAYS; ++k) values[k] = load<V>(rows[i] + d + k * lanes<V>);
+    for (int j = 0; j < J; ++j)
+      for (int k = 0; k < WAYS; ++k) totals[j][k] += weights[j * across + i * along] * values[k];
+  }
+  for (int j = 0; j < J; ++j)
+    for (int k = 0; k < WAYS; ++k) store(outs[j] + d + k * lanes<V>, totals[j][k]);
+}
+
+template <int J, typename In, typename Start, typename Out>
+void combine_some(const In *const *rows, int64_t count, const Real *weights, int64_t across,
+                  int64_t along, const Start *const *starts, Out *const *outs, int64_t width) {
+  int64_t d = 0;
+  for (; d + 2 * LANES <= width; d += 2 * LANES)
+    combine_here<J, 2, Vector>(rows, count, weights, across, along, starts, outs, d);
+  for (; d + LANES <= width; d += LANES)
+    combine_here<J, 1, Vector>(rows, count, weights, across, along, starts, outs, d);
+  for (; d < width; ++d)
+    combine_here<J, 1, Real>(rows, count, weights, across, along, starts, outs, d);
+}
+
+// outs[j] = starts[j] + sum over i of weights[j * across + i * along] * rows[i]. Sums stay in
+// registers: two vectors of up to four outs. `starts` or single ones may be null, for zeros.
+template <typename In, typename Start, typename Out>
+void combine(const In *const *rows, int64_t count, const Real *weights, int64_t across,
+             int64_t along, const Start *const *starts, Out *const *outs, int64_t outputs,
+             int64_t width) {
+  for (int64_t j = 0; j < outputs; j += 4) {
+    const Real *of = weights + j * across;
+    const Start *const *from = starts ? starts + j : nullptr;
+    switch (std::min<int64_t>(outputs - j, 4)) {
+      case 1: combine_some<1>(rows, count, of, across, along, from, outs + j, width); break;
+      case 2: combine_some<2>(rows, count, of, across, along, from, outs + j, width); break;
+      case 3: combine_some<3>(rows, count, of, across, along, from, outs + j, width); break;
+      default: combine_some<4>(rows, count, of, across, along, from, outs + j, width);
+    }
+  }
+}
+
+// e^x to the last bit or two, without a call, so that loops over it can be vectorised.
+inline float exponential(float x) {
+  x = std::max(x, -87.0f);
+  float whole = std::nearbyint(x * 1.44269504f);
+  float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float series = 1.9875691500e-4f;
+  for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                     5.0000001201e-1f})
+    series = series * rest + next;
+  int32_t power = (int32_t(whole) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &power, 4);
+  return (series * rest * rest + rest + 1) * scale;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+void softmax(std::vector<Real> &logits) {
+  Real top = *std::max_element(logits.begin(), logits.end()), total = 0;
+  for (Real &each : logits) total += each = exponential(each - top);
+  for (Real &each : logits) each /= total;
+}
+
+template <typename Body> void over_tokens(int64_t tokens, int threads, Body body) {
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+    body(int(thread), tokens * thread / all, tokens * (thread + 1) / all);
+  }
+}
+
+constexpr int64_t TOKENS = 16;  // that are worked on together
+
+// body(first token, how many) over batches of tokens.
+template <typename Body> void in_batches(int64_t begin, int64_t end, Body body) {
+  for (int64_t t = begin; t < end; t += TOKENS) body(t, std::min(TOKENS, end - t));
+}
+
+// The rows of one token in several tensors; `absent` stands for that of a missing tensor.
+template <typename Row>
+void rows_at(std::vector<Row *> &rows, Row *const *tensors, int64_t offset, Row *absent = nullptr) {
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = tensors[i] ? tensors[i] + offset : absent;
+}
+
+template <typename Row> std::vector<Row *> rows_of(Row *matrix, int64_t count, int64_t width) {
+  std::vector<Row *> rows(count);
+  for (int64_t j = 0; j < count; ++j) rows[j] = matrix + j * width;
+  return rows;
+}
+
+constexpr const Element *const *ZEROS = nullptr;
+
+enum Norm { NONE, RMS, LAYER };
+
+// The mix of a token, rounded to Element; returns what a norm multiplies with and subtracts.
+struct Normed {
+  Real scale, mean;
+};
+Normed mix_row(Real *mixed, const std::vector<const Element *> &rows, const std::vector<Real> &betas,
+               Real factor, Norm norm, Real eps, int64_t width) {
+  Sum sum, squares;
+  if (rows.size() == 2) {  // nearly always: what phase 1 mixed, and the partial sum
+    const Element *first = rows[0], *second = rows[1];
+    Real one = betas[0], other = betas[1];
+    each(width, EACH {
+      auto value = factor * (one * load<KIND>(first + d) + other * load<KIND>(second + d));
+      value = rounded(value, first);
+      store(mixed + d, value);
+      sum.add(way, value);
+    });
+  } else {
+    combine(rows.data(), rows.size(), betas.data(), 0, 1, ZEROS, &mixed, 1, width);
+    each(width, EACH {
+      auto value = rounded(factor * load<KIND>(mixed + d), rows[0]);
+      store(mixed + d, value);
+      sum.add(way, value);
+    });
+  }
+  if (norm == NONE) return {1, 0};
+  Real mean = norm == LAYER ? sum.total() / width : 0;
+  each(width, EACH {
+    auto value = load<KIND>(mixed + d) - mean;
+    squares.add(way, value * value);
+  });
+  return {1 / std::sqrt(squares.total() / width + eps), mean};
+}
+
+template <typename Out>
+void write_normed(Out *out, const Real *row, Normed state, const Real *weight, const Real *bias,
+                  int64_t width) {
+  each(width, EACH {
+    auto value = (load<KIND>(row + d) - state.mean) * state.scale;
+    if (weight) value *= load<KIND>(weight + d);
+    if (bias) value += load<KIND>(bias + d);
+    store(out + d, value);
+  });
+}
+
+// The gradient of `row`, the mix, from that of its norm; adds to those of the weight and the bias.
+template <typename Out>
+void normed_backward(Real *total, const Out *arriving, const Real *row, Real *scratch, Normed state,
+                     Norm norm, const Real *weight, Real *to_weight, Real *to_bias, int64_t width) {
+  Sum along, sum;
+  each(width, EACH {
+    auto unit = (load<KIND>(row + d) - state.mean) * state.scale;
+    auto grad = load<KIND>(arriving + d);
+    store(to_weight + d, load<KIND>(to_weight + d) + grad * unit);
+    store(to_bias + d, load<KIND>(to_bias + d) + grad);
+    if (weight) grad *= load<KIND>(weight + d);
+    store(scratch + d, grad);
+    along.add(way, grad * unit);
+    sum.add(way, grad);
+  });
+  Real slope = along.total() / width, shift = norm == LAYER ? sum.total() / width : 0;
+  each(width, EACH {
+    auto unit = (load<KIND>(row + d) - state.mean) * state.scale;
+    auto value = state.scale * (load<KIND>(scratch + d) - unit * slope - shift);
+    store(total + d, load<KIND>(total + d) + value);
+  });
+}
+
+}  // namespace
