@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from attnres_compile.errors import CaptureError
-from attnres_compile.huggingface import recording_outputs
+from attnres_compile.huggingface import recording_outputs, without_cache_on_meta
 from attnres_compile.passes.graph_values import MODULE_CALLS, ModuleCall
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 
@@ -125,6 +125,7 @@ def tracing(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     try:
         with (
             recording_outputs(model, kwargs),
+            without_cache_on_meta(model),
             torch._dynamo.config.patch(
                 allow_rnn=True,
                 ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | ignored,

@@ -186,6 +186,22 @@ def recording_outputs(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[N
                 del module._forward_hooks[added]
 
 
+@contextlib.contextmanager
+def without_cache_on_meta(model: nn.Module) -> Iterator[None]:
+    """Has a model without weights keep no cache: Dynamo cannot follow one that starts empty."""
+    configs: list[Any] = []
+    if any(parameter.is_meta for parameter in model.parameters()):
+        configs = [vars(module).get("config") for module in model.modules()]
+    caching = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}
+    for config in caching.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching.values():
+            config.use_cache = True
+
+
 def _asks_for_records(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     config = vars(model).get("config")
     if config is None:

@@ -99,3 +99,17 @@ def test_an_owner_holds_the_memory_that_its_stream_writes_into() -> None:
     alone = attnres_compile.plan(InPlace(), (x.float(),))
     assert not alone.streams
     assert "written in place into an input of the model" in alone.explain_refusals()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_language_model_without_weights_is_planned_as_with_them(use_cache: bool) -> None:
+    """On the meta device Dynamo cannot follow the empty tensors that a cache starts with."""
+    from zoo_decoders import GPT2
+
+    model = GPT2.build()
+    planned = attnres_compile.plan(model, (), {"input_ids": torch.ones(2, 7, dtype=torch.long)})
+    bare: Any = GPT2.build().to("meta")
+    bare.config.use_cache = use_cache
+    ids = torch.ones(2, 7, dtype=torch.long, device="meta")
+    assert attnres_compile.plan(bare, (), {"input_ids": ids}).streams == planned.streams
+    assert bare.config.use_cache is use_cache

@@ -26,8 +26,6 @@ _COUNTS_LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|experts)|\w*depths
 def model_on_meta(config: Mapping[str, Any], place: str, *, trust: Path | None = None) -> nn.Module:
     """The model that a config describes, without memory for its weights, to be planned.
 
-    It keeps no cache: on the meta device Dynamo cannot follow the empty tensors one starts with.
-
     Args:
         config: what stands in config.json.
         place: the file, for messages.
@@ -38,9 +36,6 @@ def model_on_meta(config: Mapping[str, Any], place: str, *, trust: Path | None =
         UnsafeFileError: it asks for code of its own.
     """
     model_class, settings = _named(config, place, trust)
-    for part in (settings, settings.get_text_config(decoder=True)):
-        if hasattr(part, "use_cache"):
-            part.use_cache = False
     with _explained(place), torch.device("meta"):
         model: nn.Module = model_class._from_config(settings)
     return model

@@ -91,6 +91,11 @@ def test_single_files_of_a_custom_module(suffix: str, tmp_path: Path) -> None:
     check_file(CUSTOM, suffix, tmp_path, CUSTOM.build())
 
 
+def test_a_state_dict_of_a_language_model(tmp_path: Path) -> None:
+    (gpt2,) = (example for example in TRANSFORMERS if example.name == "gpt2")
+    check_file(gpt2, ".pt", tmp_path, gpt2.build())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", TRANSFORMERS, ids=lambda example: example.name)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
