@@ -71,7 +71,7 @@ def analyse_model(
         model: it is not changed; weights may lie in other files.
         name: for messages.
         config: the options.
-        small: initialisers with few numbers, by name (`small_constants`).
+        small: initialisers of at most `LARGEST_CONSTANT` numbers, by name.
         shapes: of inputs; the others get small sizes for their dynamic axes.
 
     Raises:
@@ -127,22 +127,16 @@ def inline_mixes(model: onnx.ModelProto) -> onnx.ModelProto:
     return inlined
 
 
-def small_constants(model: onnx.ModelProto, largest: int) -> dict[str, Any]:
-    """The initialisers of up to `largest` elements that lie in the model itself."""
-    return {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in model.graph.initializer
-        if math.prod(tensor.dims) <= largest
-        and tensor.data_location != onnx.TensorProto.EXTERNAL
-        and tensor.data_type in DTYPES
-    }
-
-
 def _upgraded(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """The model with operators of a version that the mixes can be written in."""
     version = main_opset(model)
     if version >= OLDEST_OPSET:
         return model
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+        raise InputError(
+            f"{name} uses operators of version {version}, and mixes need {OLDEST_OPSET}: export it "
+            "anew with that version, since weights in other files keep it from being converted."
+        )
     try:
         upgraded = onnx.version_converter.convert_version(model, OLDEST_OPSET)
     except Exception as error:  # the converter raises whatever it meets

@@ -17,7 +17,7 @@ import onnx
 import onnx.shape_inference
 from onnx import helper, numpy_helper
 
-from attnres_compile.errors import InputError, in_words
+from attnres_compile.errors import CheckpointError, InputError, in_words
 from attnres_compile.passes.onnx_graphs import main_opset, subgraphs
 
 LARGEST_CONSTANT = 4096
@@ -263,7 +263,7 @@ class _Sweep:
         self._known.types[name] = TensorType(tensor.data_type, tuple(tensor.dims))
         external = tensor.data_location == onnx.TensorProto.EXTERNAL
         if math.prod(tensor.dims) <= LARGEST_CONSTANT and not external:
-            self._known.constants[name] = numpy_helper.to_array(tensor)
+            self._known.constants[name] = array_of(tensor)
         return True
 
     def _declare(self, value: onnx.ValueInfoProto) -> None:
@@ -315,6 +315,20 @@ def _evaluate(
         return {}  # the value is not known then; its type still is
     names = [name for name in node.output if name]
     return {name: np.asarray(value) for name, value in zip(names, found, strict=True)}
+
+
+def array_of(tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
+    """The numbers of a tensor that lies in the model itself.
+
+    Raises:
+        CheckpointError: it does not hold as many as its shape says.
+    """
+    try:
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the tensor {tensor.name!r} does not hold what its shape says ({in_words(error)})"
+        ) from error
 
 
 def label(node: onnx.NodeProto) -> str:

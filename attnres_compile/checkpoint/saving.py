@@ -154,6 +154,11 @@ def load(
     check_readable(source)
     if source.suffix.lower() == ".pt2":
         return pt2.load(source)
+    if source.suffix.lower() == ".onnx":
+        raise InputError(
+            f"{source.name} is run by ONNX Runtime and does not load into PyTorch; load the "
+            "checkpoint that it was exported from."
+        )
     if is_directory_checkpoint(source):
         return _load_directory(source, model, names, config, trust_remote_code)
     if source.suffix.lower() == ".safetensors":

@@ -155,11 +155,16 @@ def check_space(path: Path, size: int) -> None:
         )
 
 
-def link_or_copy(source: Path, target: Path, *, copy: bool, advance: Advance = ignore) -> None:
-    """Gives a weight file a second name, or copies it where that is asked or cannot be helped."""
+def link_or_copy(
+    source: Path, target: Path, *, copy: bool, advance: Advance = ignore, anything: bool = False
+) -> None:
+    """Gives a weight file a second name, or copies it where that is asked or cannot be helped.
+
+    Other files are copied, unless `anything` is known to hold weights.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
-    if not copy and source.suffix in WEIGHTS | {""}:
+    if not copy and (anything or source.suffix in WEIGHTS | {""}):
         try:
             os.link(source, target)
             advance(source.stat().st_size)
