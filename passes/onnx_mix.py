@@ -34,32 +34,31 @@ def mix_name(sources: int) -> str:
     return f"Mix{sources}"
 
 
-def mix_node(
-    sources: Sequence[str],
-    query: str,
-    gain: str | None,
-    output: str,
-    *,
-    channel_dim: int,
-    rank: int,
-    element: int,
-    eps: float,
-    sums: bool,
-) -> onnx.NodeProto:
-    """The call of a mix over `sources`, tensors of `rank` dimensions and ONNX's type `element`."""
-    double = element == TensorProto.DOUBLE
+def mix_attributes(
+    sources: int, *, channel_dim: int, rank: int, double: bool, eps: float, sums: bool
+) -> dict[str, Any]:
+    """The attributes of a call over sources of `rank` dimensions; see `mix_function`."""
     trailing = 0 if channel_dim == -1 else rank - 1 - channel_dim
+    return {
+        "axis": channel_dim,
+        "axes": [channel_dim],
+        "eps": eps,
+        "scale": float(sources if sums else 1),
+        "to": int(TensorProto.DOUBLE if double else TensorProto.FLOAT),
+        "weight_shape": [-1, *[1] * trailing],
+    }
+
+
+def mix_node(
+    sources: Sequence[str], query: str, gain: str | None, output: str, settings: dict[str, Any]
+) -> onnx.NodeProto:
+    """The call of a mix; `settings` are its attributes."""
     return helper.make_node(
         mix_name(len(sources)),
         [*sources, query, *([gain] if gain is not None else [])],
         [output],
         domain=DOMAIN,
-        axis=channel_dim,
-        axes=[channel_dim],
-        eps=eps,
-        scale=float(len(sources) if sums else 1),
-        to=TensorProto.DOUBLE if double else TensorProto.FLOAT,
-        weight_shape=[-1, *[1] * trailing],
+        **settings,
     )
 
 

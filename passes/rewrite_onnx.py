@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx
+import torch
 from onnx import helper
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_values import dtype_of, shape_of
 from attnres_compile.passes.onnx_graphs import all_nodes, read_values
-from attnres_compile.passes.onnx_mix import mix_node
+from attnres_compile.passes.onnx_mix import mix_attributes, mix_node
 from attnres_compile.passes.onnx_view import DTYPES, OnnxView
 from attnres_compile.passes.rewrite_residuals import MixLayout
 from attnres_compile.passes.streams import Addition, ResidualStream, State
@@ -180,11 +181,14 @@ class _StreamWriter:
             query,
             gain,
             self._name("mix") if moved else name,
-            channel_dim=self._layout.channel_dim,
-            rank=len(shape_of(self._root_node)),
-            element=element,
-            eps=self._layout.eps,
-            sums=self._layout.sums,
+            mix_attributes(
+                len(sources),
+                channel_dim=self._layout.channel_dim,
+                rank=len(shape_of(self._root_node)),
+                double=dtype_of(state.node) == torch.float64,
+                eps=self._layout.eps,
+                sums=self._layout.sums,
+            ),
         )
         node.name = query.removesuffix(".query")
         self._nodes.append(node)

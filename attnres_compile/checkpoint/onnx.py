@@ -155,14 +155,6 @@ def strip_file(
     return "Its weights were changed after the conversion; the graph is the original's."
 
 
-def write_new(
-    model: onnx.ModelProto, record: Record, target: Path, *, overwrite: bool = False
-) -> None:
-    """Writes a model that was exported from a converted one."""
-    _set_metadata(model, {KEY: record.encode()})
-    _write(model, target, target, overwrite=overwrite, copy=False, advance=ignore)
-
-
 def new_values(path: Path, names: set[str]) -> dict[str, torch.Tensor]:
     """Some initialisers of a model by name.
 
