@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         plan.require_streams()
         return 0
     settings = Options(args.names, args.overwrite, args.copy, not args.defer_hashes, args.inline)
-    say(args, f"{args.output} will take {human(needed_space(source, settings))} of new disk space.")
+    size = needed_space(source, settings, args.output)
+    say(args, f"{args.output} will take {human(size)} of new disk space.")
     with progress(args, "writing", work_of(source, settings)) as advance:
         settings = dataclasses.replace(settings, advance=advance)
         plan = convert_source(source, args.output, config, settings)

@@ -247,10 +247,10 @@ def convert_source(
     return _convert_pt(source, model, output, config, options)
 
 
-def needed_space(source: Source, options: Options) -> int:
+def needed_space(source: Source, options: Options, output: Path | None = None) -> int:
     """Bytes that a conversion writes, without the new parameters."""
-    if source.suffix == ".onnx" and options.copy:
-        return source.path.stat().st_size + int(onnx_files().external_size(source.path))
+    if source.suffix == ".onnx":
+        return source.path.stat().st_size + int(onnx_files().external_size(source.path, output))
     if source.suffix != "":
         return source.path.stat().st_size
     folder = source.path.parent if source.path.is_file() else source.path
@@ -361,7 +361,8 @@ def _convert_onnx(
         raise ConfigError("an ONNX model keeps the names of its parameters: native.")
     if source.factory is not None:
         raise ConfigError("an ONNX model needs no --model; it says itself what it computes.")
-    check_space(output, needed_space(source, options))
+    if options.copy and output.absolute().parent == source.path.absolute().parent:
+        raise ConfigError("--copy: name an output in another directory; here weights are shared.")
     planned: ConversionPlan = onnx_files().convert_file(
         source.path,
         output,
@@ -369,7 +370,6 @@ def _convert_onnx(
         shapes_of(source),
         inline=options.inline,
         overwrite=options.overwrite,
-        copy=options.copy,
         advance=options.advance,
     )
     return planned

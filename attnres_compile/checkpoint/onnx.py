@@ -2,7 +2,8 @@
 
 A converted file holds, in its metadata, the record of its layout and the model as it was, without
 the weights that both have; so stripping gives the original graph and weights again. Weights in
-files of their own are linked beside the output and never read.
+files of their own are never read: an output in the same directory refers to the same files, another
+has copies beside it. (No links: ONNX's own loader refuses files that have two names.)
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import onnx
 import onnx.checker
 import torch
 from google.protobuf.message import DecodeError, EncodeError
+from onnx import helper
 
 from attnres_compile.checkpoint.record import KEY, Record, check_new_tensors, new_tensors
 from attnres_compile.checkpoint.writing import (
     Advance,
+    check_space,
+    copy_file,
     ignore,
-    link_or_copy,
     new_file,
 )
 from attnres_compile.config import AttnResConfig
@@ -82,7 +85,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     _check_order(model.graph, path.name, set())
     for tensor in _external(model):
         _check_external(tensor, path)
-    _check(path)
+    _check(model, path)
     return model
 
 
@@ -105,7 +108,6 @@ def convert_file(
     *,
     inline: bool = False,
     overwrite: bool = False,
-    copy: bool = False,
     advance: Advance = ignore,
 ) -> ConversionPlan:
     """Converts a model into another file.
@@ -116,8 +118,7 @@ def convert_file(
         shapes: of inputs, for sizes that the model needs.
         inline: put the mixes into the graph, for runtimes that know no functions.
         overwrite: replace what is there.
-        copy: copy external weights where they could be linked.
-        advance: is told of bytes of external weights as they are linked or copied.
+        advance: is told of bytes of external weights as they are copied.
 
     Raises:
         AlreadyConvertedError: it has Attention Residuals already.
@@ -131,7 +132,7 @@ def convert_file(
     _set_metadata(converted, _metadata(model))
     record = Record(analysis.plan).encode()
     _set_metadata(converted, {KEY: record, ORIGINAL: _remember(model, converted)})
-    _write(converted, source, target, overwrite=overwrite, copy=copy, advance=advance)
+    _write(converted, source, target, overwrite=overwrite, advance=advance)
     return analysis.plan
 
 
@@ -140,7 +141,6 @@ def strip_file(
     target: Path,
     *,
     overwrite: bool = False,
-    copy: bool = False,
     advance: Advance = ignore,
 ) -> str:
     """Writes the model that was converted; says how it was compared with the original.
@@ -149,7 +149,7 @@ def strip_file(
         InputError: the file does not hold the model as it was.
     """
     model, same = _restored(source)
-    _write(model, source, target, overwrite=overwrite, copy=copy, advance=advance)
+    _write(model, source, target, overwrite=overwrite, advance=advance)
     if same:
         return "Graph and weights have the SHA-256 recorded at the conversion."
     return "Its weights were changed after the conversion; the graph is the original's."
@@ -182,10 +182,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def external_size(path: Path) -> int:
-    """Bytes in the files that a model keeps its weights in."""
-    locations = {_location(tensor) for tensor in _external(read_model(path))}
-    return sum((path.parent / location).stat().st_size for location in locations)
+def external_size(path: Path, target: Path | None = None) -> int:
+    """Bytes in the files of a model's weights; none for a `target` that shares them."""
+    places = {path.parent / _location(tensor) for tensor in _external(read_model(path))}
+    if target is not None and target.absolute().parent == path.absolute().parent:
+        return 0
+    return sum(place.stat().st_size for place in places)
 
 
 def _analysed(
@@ -243,14 +245,33 @@ def _out_of_order(
     )
 
 
-def _check(path: Path) -> None:
-    """ONNX's own checks, as far as they know the operators."""
+def _check(model: onnx.ModelProto, path: Path) -> None:
+    """ONNX's own checks, as far as they know the operators; not of what lies in other files."""
+    external = list(_external(model))
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(_with_inputs_for_external(model) if external else str(path))
     except (onnx.checker.ValidationError, RuntimeError) as error:
         if "No Op registered" in str(error):  # a runtime's own, of which the checker knows nothing
             return
         raise CheckpointError(f"{path.name} is no valid ONNX model: {in_words(error)}") from error
+
+
+def _with_inputs_for_external(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which external weights are inputs, so that nothing looks for their files."""
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    kept = []
+    declared = {value.name for value in light.graph.input}
+    for tensor in light.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            kept.append(tensor)
+        elif tensor.name not in declared:
+            light.graph.input.append(
+                helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    del light.graph.initializer[:]
+    light.graph.initializer.extend(kept)
+    return light
 
 
 def _external(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -318,7 +339,7 @@ def _num_bytes(tensor: onnx.TensorProto) -> int:
     if any(size < 0 for size in tensor.dims):
         raise CheckpointError(f"the tensor {tensor.name} has a negative size.")
     try:
-        bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+        bits = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the tensor {tensor.name} is of no known type.") from error
     packed = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
@@ -396,40 +417,35 @@ def _digest(model: onnx.ModelProto) -> str:
 
 
 def _write(
-    model: onnx.ModelProto,
-    source: Path,
-    target: Path,
-    *,
-    overwrite: bool,
-    copy: bool,
-    advance: Advance,
+    model: onnx.ModelProto, source: Path, target: Path, *, overwrite: bool, advance: Advance
 ) -> None:
     """The model, and its external weights beside it."""
     locations = dict.fromkeys(_location(tensor) for tensor in _external(model))
     for location in locations:
         _check_place(source.parent / location, target, location, overwrite=overwrite)
+    foreign = [
+        each for each in locations if not _is_same(source.parent / each, target.parent / each)
+    ]
+    check_space(target, sum((source.parent / each).stat().st_size for each in foreign))
+    try:
+        content = model.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise OutputError(
+            f"{target} would have more than 2 GiB; save the original with external data, and "
+            "convert that."
+        ) from error
     with new_file(target, overwrite=overwrite) as written:
-        for location in locations:
-            beside = written.parent / location
-            weights = source.parent / location
-            apart = copy and not _is_same(weights, target.parent / location)
-            link_or_copy(weights, beside, copy=apart, advance=advance, anything=True)
+        for location in foreign:
+            copy_file(source.parent / location, written.parent / location, advance)
+        written.write_bytes(content)
         try:
-            written.write_bytes(model.SerializeToString())
-        except (EncodeError, ValueError) as error:
-            raise OutputError(
-                f"{target} would have more than 2 GiB; save the original with external data, and "
-                "convert that."
-            ) from error
-        try:
-            _check(written)
+            _check(model, written)
         except CheckpointError as error:
             raise MismatchError(f"the rewrite failed, please report this: {error}") from error
-        for location in locations:
+        for location in foreign:
             place = target.parent / location
-            if not _is_same(source.parent / location, place):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(written.parent / location, place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(written.parent / location, place)
 
 
 def _check_place(weights: Path, target: Path, location: str, *, overwrite: bool) -> None:

@@ -70,7 +70,6 @@ def strip_source(source: Source, output: Path, options: Options) -> Stripped:
             source.path,
             output,
             overwrite=options.overwrite,
-            copy=options.copy,
             advance=options.advance,
         )
     elif source.suffix == ".safetensors":

@@ -155,16 +155,11 @@ def check_space(path: Path, size: int) -> None:
         )
 
 
-def link_or_copy(
-    source: Path, target: Path, *, copy: bool, advance: Advance = ignore, anything: bool = False
-) -> None:
-    """Gives a weight file a second name, or copies it where that is asked or cannot be helped.
-
-    Other files are copied, unless `anything` is known to hold weights.
-    """
+def link_or_copy(source: Path, target: Path, *, copy: bool, advance: Advance = ignore) -> None:
+    """Gives a weight file a second name, or copies it where that is asked or cannot be helped."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
-    if not copy and (anything or source.suffix in WEIGHTS | {""}):
+    if not copy and source.suffix in WEIGHTS | {""}:
         try:
             os.link(source, target)
             advance(source.stat().st_size)
@@ -172,7 +167,7 @@ def link_or_copy(
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
-    _copy(source, target, advance)
+    copy_file(source, target, advance)
 
 
 def sha256(path: Path, advance: Advance = ignore) -> str:
@@ -262,7 +257,9 @@ def _synced(path: Path) -> None:
         os.close(descriptor)
 
 
-def _copy(source: Path, target: Path, advance: Advance) -> None:
+def copy_file(source: Path, target: Path, advance: Advance = ignore) -> None:
+    """Copies a file of any size in pieces; the target must not exist."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as reading, target.open("xb") as writing:
         while chunk := reading.read(CHUNK):
             writing.write(chunk)
