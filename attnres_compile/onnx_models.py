@@ -19,9 +19,9 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import AlreadyConvertedError, InputError, MismatchError, in_words
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_streams import find_streams
-from attnres_compile.passes.graph_values import ModuleCall, module_calls, module_path
+from attnres_compile.passes.graph_values import ModuleCall, module_calls, module_path, source_line
 from attnres_compile.passes.identify_additions import identify_additions
-from attnres_compile.passes.normalise_onnx import normalise_onnx
+from attnres_compile.passes.normalise_onnx import FUSED_NORMS, MICROSOFT, normalise_onnx
 from attnres_compile.passes.onnx_graphs import all_nodes, main_opset, subgraphs
 from attnres_compile.passes.onnx_mix import (
     DOMAIN,
@@ -31,7 +31,7 @@ from attnres_compile.passes.onnx_mix import (
     mix_function,
 )
 from attnres_compile.passes.onnx_values import OnnxValues, infer_values, input_shapes, label
-from attnres_compile.passes.onnx_view import DTYPES, OnnxView, view_onnx
+from attnres_compile.passes.onnx_view import DTYPES, OnnxView, module_path_of, view_onnx
 from attnres_compile.passes.rewrite_onnx import SiteNames, rewrite_onnx
 from attnres_compile.passes.rewrite_residuals import MixLayout
 from attnres_compile.passes.streams import Refusal, ResidualStream
@@ -88,7 +88,8 @@ def analyse_model(
     values = infer_values(normal, sizes, small)
     view = view_onnx(normal.graph, values)
     plan = plan_of_graph(view.graph, name, _size(normal), config, _owners)
-    refusals = [*plan.refusals, *_in_bodies(normal.graph, values), *_unknown(normal.graph, values)]
+    refusals = [*plan.refusals, *_fused(normal.graph), *_unknown(normal.graph, values)]
+    refusals += _in_bodies(normal.graph, values)
     inputs = _described(normal, sizes)
     plan = dataclasses.replace(plan, refusals=tuple(refusals), inputs=inputs)
     return OnnxAnalysis(normal, view, plan)
@@ -203,12 +204,27 @@ def _in_bodies(graph: onnx.GraphProto, values: OnnxValues) -> list[Refusal]:
                         f"the stream is inside the body of {label(node)} ({node.op_type}), which "
                         "may run once, often or never; only the main graph is converted",
                         module_path(addition.node),
-                        str(addition.node.meta.get("attnres_source", "")),
+                        source_line(addition.node),
                     )
                     for addition in stream.additions
                 ]
             refusals += _in_bodies(body, values)
     return refusals
+
+
+def _fused(graph: onnx.GraphProto) -> list[Refusal]:
+    """Norms with a residual addition inside that the normal form could not take apart."""
+    return [
+        Refusal(
+            "fused-addition",
+            f"the residual addition is fused into {node.op_type}, whose statistics are used too; "
+            "export the model without that fusion",
+            module_path_of(node),
+            label(node),
+        )
+        for node in graph.node
+        if node.op_type in FUSED_NORMS and node.domain == MICROSOFT
+    ]
 
 
 def _unknown(graph: onnx.GraphProto, values: OnnxValues) -> list[Refusal]:
@@ -223,7 +239,7 @@ def _unknown(graph: onnx.GraphProto, values: OnnxValues) -> list[Refusal]:
                 Refusal(
                     "unknown-shape",
                     f"the shape of its operand is unknown, since ONNX infers none for {cause}",
-                    "",
+                    module_path_of(node),
                     label(node),
                 )
             )

@@ -228,17 +228,22 @@ class _Sweep:
                 schema, node, inputs, data, None, list(self._model.opset_import)
             )
         except onnx.shape_inference.InferenceError as error:
-            raise InputError(
-                f"the sizes chosen for the inputs do not fit the model at {label(node)} "
-                f"({node.op_type}): say a shape that it takes by --input-shape NAME=SIZES "
-                f"({in_words(error)})"
-            ) from error
+            raise _misfit(node, in_words(error)) from error
         for name, type_proto in found.items():
             tensor = _tensor_type(type_proto)
             if tensor is not None:
                 known.types[name] = tensor
+        self._check_reshape(node)
         self._like_first(node)
         return None
+
+    def _check_reshape(self, node: onnx.NodeProto) -> None:
+        """ONNX's inference believes a shape that is given as a whole."""
+        if node.op_type != "Reshape" or node.output[0] not in self._known.types:
+            return
+        before, after = (self._known.types[n].shape for n in (node.input[0], node.output[0]))
+        if math.prod(before) != math.prod(after):
+            raise _misfit(node, f"{list(before)} cannot be reshaped to {list(after)}.")
 
     def _like_first(self, node: onnx.NodeProto) -> None:
         """What has no inference of its own, as functions and ONNX Runtime's operators have none."""
@@ -315,6 +320,13 @@ def _evaluate(
         return {}  # the value is not known then; its type still is
     names = [name for name in node.output if name]
     return {name: np.asarray(value) for name, value in zip(names, found, strict=True)}
+
+
+def _misfit(node: onnx.NodeProto, why: str) -> InputError:
+    return InputError(
+        f"the sizes chosen for the inputs do not fit the model at {label(node)} ({node.op_type}): "
+        f"say a shape that it takes by --input-shape NAME=SIZES ({why.rstrip('.')})."
+    )
 
 
 def array_of(tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:

@@ -315,6 +315,12 @@ def module_calls_of(node: onnx.NodeProto) -> tuple[ModuleCall, ...]:
     )
 
 
+def module_path_of(node: onnx.NodeProto) -> str:
+    """Path of the innermost module around a node."""
+    calls = module_calls_of(node)
+    return calls[-1].path if calls else ""
+
+
 def _paths(parts: list[str]) -> list[str]:
     """Full paths; a part that repeats the one before, as ``conv`` and ``conv.0``, replaces it."""
     paths: list[str] = []
