@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 17
+WIDTH = 8
+TOKENS: list[int | str] = ["batch", "seq", WIDTH]
 
 
 def chain(
@@ -89,3 +92,50 @@ def save_external(model: onnx.ModelProto, path: Path, file: str = "weights.data"
     with (path.parent / file).open("wb") as weights:
         weights.truncate(offset)
     return save(model, path)
+
+
+class Program:
+    """An ONNX graph, written operator by operator; its weights are made on the way."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.generator = np.random.default_rng(2)
+
+    def __call__(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        output = f"v{len(self.nodes)}"
+        name = f"/node/{output}"
+        self.nodes.append(
+            helper.make_node(kind, list(inputs), [output], name=name, domain=domain, **attributes)
+        )
+        return output
+
+    def weight(self, *shape: int, dtype: Any = np.float32) -> str:
+        name = f"w{len(self.weights)}"
+        numbers = self.generator.standard_normal(shape).astype(dtype)
+        self.weights.append(numpy_helper.from_array(np.asarray(numbers), name))
+        return name
+
+    def number(self, value: float, dtype: Any = np.float32) -> str:
+        name = f"c{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.array(value, dtype), name))
+        return name
+
+    def ints(self, *values: int) -> str:
+        name = f"i{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    def f(self, x: str, dtype: Any = np.float32) -> str:
+        """A matrix product: something that is not element-wise."""
+        return self("MatMul", x, self.weight(WIDTH, WIDTH, dtype=dtype))
+
+    def norm(self, x: str) -> str:
+        return self("LayerNormalization", x, self.weight(WIDTH))
+
+    def model(
+        self, output: str, shape: list[int | str] = TOKENS, element: int = TensorProto.FLOAT
+    ) -> onnx.ModelProto:
+        """A model of one input ``x`` and one output."""
+        tensors = (element, shape)
+        return model_of(self.nodes, {"x": tensors}, {output: tensors}, self.weights)

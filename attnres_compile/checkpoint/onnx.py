@@ -326,7 +326,7 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         offset = int(entries.get("offset", 0))
         length = int(entries.get("length", _num_bytes(tensor)))
     except ValueError as error:
-        raise CheckpointError(f"{what} at no valid place ({in_words(error)})") from error
+        raise CheckpointError(f"{what} at no valid place: {in_words(error)}") from error
     size = file.stat().st_size
     if offset < 0 or length != _num_bytes(tensor) or offset + length > size:
         raise CheckpointError(
@@ -405,7 +405,7 @@ def _restored(path: Path) -> tuple[onnx.ModelProto, bool]:
         expected = str(data["sha256"])
     except (ValueError, KeyError, TypeError, zlib.error, binascii.Error, DecodeError) as error:
         raise CheckpointError(
-            f"{path.name}: the record of the original model is damaged ({in_words(error)})"
+            f"{path.name}: the record of the original model is damaged: {in_words(error)}"
         ) from error
     for tensor in _external(model):
         _check_external(tensor, path)

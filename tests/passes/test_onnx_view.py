@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -17,53 +16,11 @@ from attnres_compile.passes.normalise_onnx import normalise_onnx
 from attnres_compile.passes.onnx_values import infer_values, input_shapes
 from attnres_compile.passes.onnx_view import OnnxView, module_calls_of, view_onnx
 from attnres_compile.passes.streams import StreamAnalysis
-from onnx_cases import chain, model_of
+from onnx_cases import TOKENS, WIDTH, Program, chain, model_of
 from passes_helpers import depths, refused, site_depths
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
-WIDTH = 8
-TOKENS: list[int | str] = ["batch", "seq", WIDTH]
 IMAGES: list[int | str] = ["batch", WIDTH, 6, 6]
-
-
-class Program:
-    """An ONNX graph, written operator by operator; its weights are made on the way."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-        self.generator = np.random.default_rng(2)
-
-    def __call__(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        output = f"v{len(self.nodes)}"
-        name = f"/node/{output}"
-        self.nodes.append(
-            helper.make_node(kind, list(inputs), [output], name=name, domain=domain, **attributes)
-        )
-        return output
-
-    def weight(self, *shape: int, dtype: Any = np.float32) -> str:
-        name = f"w{len(self.weights)}"
-        numbers = self.generator.standard_normal(shape).astype(dtype)
-        self.weights.append(numpy_helper.from_array(np.asarray(numbers), name))
-        return name
-
-    def number(self, value: float, dtype: Any = np.float32) -> str:
-        name = f"c{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(np.array(value, dtype), name))
-        return name
-
-    def ints(self, *values: int) -> str:
-        name = f"i{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(np.array(values, np.int64), name))
-        return name
-
-    def f(self, x: str, dtype: Any = np.float32) -> str:
-        """A matrix product: something that is not element-wise."""
-        return self("MatMul", x, self.weight(WIDTH, WIDTH, dtype=dtype))
-
-    def norm(self, x: str) -> str:
-        return self("LayerNormalization", x, self.weight(WIDTH))
 
 
 Body = Callable[[Program, str], str]
