@@ -50,6 +50,13 @@ def save_onnx(
         CaptureError: torch cannot export the model.
         OutputError: the file cannot be written.
     """
+    external = _num_bytes(converted) > _LARGEST_INLINE
+    weights = path.with_name(f"{path.name}.data")
+    for place in (path, *([weights] if external else [])):
+        if place.exists() and not overwrite:
+            raise OutputExistsError(
+                f"{place} exists already; name another output, or overwrite it."
+            )
     if not args and not kwargs:
         args, kwargs = infer_inputs(converted)
     kwargs = dict(kwargs or {})
@@ -79,7 +86,11 @@ def save_onnx(
         model.functions[made.identifier()] = made
     model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.metadata_props[KEY] = record.encode()
-    _write(exported, path, _num_bytes(converted) > _LARGEST_INLINE, overwrite)
+    with new_file(path, overwrite=overwrite) as written:
+        exported.save(str(written), external_data=external)
+        onnx.checker.check_model(str(written))
+        if external:
+            os.replace(written.with_name(weights.name), weights)
 
 
 def _translation(arities: set[int]) -> Callable[..., Any]:
@@ -142,17 +153,6 @@ def _all_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _num_bytes(model: nn.Module) -> int:
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _write(exported: Any, path: Path, external: bool, overwrite: bool) -> None:
-    weights = path.with_name(f"{path.name}.data")
-    if external and weights.exists() and not overwrite:
-        raise OutputExistsError(f"{weights} exists already; name another output, or say overwrite.")
-    with new_file(path, overwrite=overwrite) as written:
-        exported.save(str(written), external_data=external)
-        onnx.checker.check_model(str(written))
-        if external:
-            os.replace(written.with_name(weights.name), weights)
 
 
 def _innermost(error: BaseException) -> BaseException:

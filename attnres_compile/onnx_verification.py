@@ -55,10 +55,10 @@ def verify_files(
     queries = [name for name in new if name.endswith(".query")]
     comparisons = []
     for name in dict.fromkeys([*expected, *actual]):
-        pair = [Run({name: each[name]} if name in each else {}, {}) for each in (expected, actual)]
-        kinds = [each[name].dtype for each in (expected, actual) if name in each]
-        dtype = kinds[0] if kinds[0].is_floating_point else torch.float64
-        comparisons += compare(*pair, dtype, tolerance(dtype, len(queries)))
+        plain, other = (Run(_only(name, each), {}) for each in (expected, actual))
+        dtype = (plain.outputs or other.outputs)[name].dtype
+        dtype = dtype if dtype.is_floating_point else torch.float64
+        comparisons += compare(plain, other, dtype, tolerance(dtype, len(queries)))
     notes = ["outputs alone are compared, in ONNX Runtime; it computes no gradients."]
     trained = sum(bool(new[name].any()) for name in queries)
     if trained:
@@ -66,6 +66,10 @@ def verify_files(
     if record.plan.config.aggregate == "mean":
         notes.append('with aggregate="mean" only scale-invariant readers see the same function.')
     return VerifyReport(record.plan.model, len(queries), tuple(comparisons), tuple(notes))
+
+
+def _only(name: str, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: outputs[name]} if name in outputs else {}
 
 
 def run_file(path: Path, feeds: Feeds) -> dict[str, torch.Tensor]:

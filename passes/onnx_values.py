@@ -336,7 +336,7 @@ def array_of(tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
         CheckpointError: it does not hold as many as its shape says.
     """
     try:
-        return numpy_helper.to_array(tensor)
+        return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"the tensor {tensor.name!r} does not hold what its shape says ({in_words(error)})"
@@ -345,7 +345,7 @@ def array_of(tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
 
 def label(node: onnx.NodeProto) -> str:
     """A node's name for messages; what it makes, if it has none."""
-    return node.name or (node.output[0] if node.output else node.op_type)
+    return str(node.name or (node.output[0] if node.output else node.op_type))
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int | None:

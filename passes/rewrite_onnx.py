@@ -235,8 +235,8 @@ def _apply(graph: onnx.GraphProto, rewrite: OnnxRewrite) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     _drop_carriers(graph, rewrite.carriers)
-    made = {output for node in graph.node for output in node.output}
-    infos = [info for info in graph.value_info if info.name in made]
+    names = {output for node in graph.node for output in node.output}
+    infos = [info for info in graph.value_info if info.name in names]
     del graph.value_info[:]
     graph.value_info.extend(infos)
 

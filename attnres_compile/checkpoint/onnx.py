@@ -342,9 +342,10 @@ def _num_bytes(tensor: onnx.TensorProto) -> int:
         bits = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the tensor {tensor.name} is of no known type.") from error
-    packed = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
-    packed[getattr(onnx.TensorProto, "FLOAT4E2M1", -1)] = 4
-    return (math.prod(tensor.dims) * packed.get(tensor.data_type, bits) + 7) // 8
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    if name in ("INT4", "UINT4", "FLOAT4E2M1"):  # two in a byte
+        bits = 4
+    return int(math.prod(tensor.dims) * bits + 7) // 8
 
 
 def _metadata(model: onnx.ModelProto) -> dict[str, str]:
