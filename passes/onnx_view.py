@@ -129,6 +129,7 @@ DTYPES = {
     TensorProto.UINT8: torch.uint8,
     TensorProto.BOOL: torch.bool,
 }
+_LARGEST = 1 << 60  # elements
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 _CONTAINERS = "torch.nn.modules.container."
@@ -287,8 +288,8 @@ class _Builder:
 
 def _empty(tensor: TensorType) -> torch.Tensor | None:
     dtype = DTYPES.get(tensor.element)
-    if dtype is None or math.prod(tensor.shape) < 0:
-        return None
+    if dtype is None or math.prod(tensor.shape) > _LARGEST or min(tensor.shape, default=0) < 0:
+        return None  # torch cannot count so far
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
