@@ -17,6 +17,7 @@ from torch import Tensor
 from attnres_compile import AttnResConfig
 from attnres_compile.kernels import reference
 from attnres_compile.onnx_models import analyse_model, convert_model, inline_mixes
+from attnres_compile.passes.onnx_graphs import read_values
 from onnx_cases import TOKENS, WIDTH, Program, chain
 
 FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
@@ -154,6 +155,28 @@ def biased(p: Program, x: str) -> str:
     return p("Sub", state, p.f(p.norm(state)))
 
 
+def bias_alone(p: Program, x: str) -> str:
+    """A bias between two reads is a partial sum by itself, of a shape of its own."""
+    state = p("Add", x, p.f(p.norm(x)))
+    moved = p("Add", state, p.weight(WIDTH))
+    return p("Add", moved, p("Add", p.f(p.norm(state)), p.f(p.norm(moved))))
+
+
+def copied(p: Program, x: str) -> str:
+    """Copies that only lead to the next addition."""
+    for _ in range(3):
+        x = p("Add", p("Identity", x), p.f(p.norm(x)))
+    return x
+
+
+def matrix_halfway(p: Program, x: str) -> str:
+    """The second half of the stream is a matrix."""
+    state = p("Add", x, p.f(p.norm(x)))
+    rows = p("Reshape", state, p.ints(-1, WIDTH))
+    rows = p("Add", rows, p.f(p.norm(rows)))
+    return p("Reshape", rows, p("Shape", x))
+
+
 def outer_skip(p: Program, x: str) -> str:
     """Two blocks of two sublayers each, inside a stream of their own."""
     for _ in range(2):
@@ -186,6 +209,9 @@ def in_a_body(p: Program, x: str) -> str:
         (lambda p, x: asked_for_its_shape(p, asked_for_its_shape(p, x)), [2]),
         (flattened, [2]),
         (biased, [2]),
+        (bias_alone, [2]),
+        (copied, [3]),
+        (matrix_halfway, [2]),
         (outer_skip, [2, 2, 2]),
         (in_a_body, [2]),
     ],
@@ -199,7 +225,8 @@ def test_lossless_whatever_the_spelling(body: Body, sublayers: list[int]) -> Non
     assert close(run(result, x)[0], run(model, x)[0], 1e-5)
     randomize(result)
     assert not close(run(result, x)[0], run(model, x)[0], 1e-2)
-    read = {name for node in result.graph.node for name in node.input}
+    read = read_values(result.graph)
+    assert all(read & set(node.output) for node in result.graph.node)
     assert {t.name for t in result.graph.initializer} <= read
 
 
