@@ -81,6 +81,7 @@ VERBS = {
         """\
   attnres-compile convert examples/stdlib-llama converted
   attnres-compile convert model.safetensors out.safetensors --model my_package.models:make
+  attnres-compile convert model.onnx out.onnx --inline
   attnres-compile convert examples/stdlib-llama k3 --names kimi --aggregate mean""",
     ),
     "verify": Verb(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from attnres_compile import cli_options as options
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--defer-hashes",
         action="store_true",
         help="do not hash the original files now ('verify --files' does it later)",
+    )
+    parser.add_argument(
+        "--inline", action="store_true", help="of ONNX models: mixes without functions"
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     options.add_overwrite(parser)
@@ -50,12 +54,11 @@ def run(args: argparse.Namespace) -> int:
         show(args, plan.to_json(), plan)
         plan.require_streams()
         return 0
-    settings = Options(args.names, args.overwrite, args.copy, not args.defer_hashes)
-    say(args, f"{args.output} will take {human(needed_space(source, settings))} of new disk space.")
+    settings = Options(args.names, args.overwrite, args.copy, not args.defer_hashes, args.inline)
+    size = needed_space(source, settings, args.output)
+    say(args, f"{args.output} will take {human(size)} of new disk space.")
     with progress(args, "writing", work_of(source, settings)) as advance:
-        settings = Options(
-            args.names, args.overwrite, args.copy, not args.defer_hashes, advance=advance
-        )
+        settings = dataclasses.replace(settings, advance=advance)
         plan = convert_source(source, args.output, config, settings)
     if not args.output.is_dir():  # a directory holds it inside, written with the rest
         args.output.with_suffix(".attnres.toml").write_text(as_toml(plan.config))

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from attnres_compile.verification import verify
 
     source = options.source_of(args, args.checkpoint)
+    if source.suffix == ".onnx":
+        return _verify_onnx(args, source)
     converted = load_source(source)
     if args.original is not None:
         original = load_plain(options.source_of(args, args.original))
@@ -53,6 +55,23 @@ def run(args: argparse.Namespace) -> int:
         )
     inputs, kwargs = call_of(args, source, converted)
     report = verify(original, converted, inputs, kwargs, float64=not args.no_float64)
+    show(args, report.to_json(), report)
+    return 0 if report.passed else UNVERIFIED
+
+
+def _verify_onnx(args: argparse.Namespace, source: Any) -> int:
+    from attnres_compile.checkpoint.converting import shapes_of
+    from attnres_compile.checkpoint.onnx_extra import require
+    from attnres_compile.checkpoint.saving import check_readable
+
+    require("onnx", "onnxruntime")
+    from attnres_compile.onnx_verification import verify_files
+
+    for path in filter(None, (args.checkpoint, args.original)):
+        check_readable(path)
+    shapes_of(source)  # refuses inputs without names
+    given = source.call[1] if source.call is not None else {}
+    report = verify_files(args.checkpoint, args.original, given, seed=args.seed)
     show(args, report.to_json(), report)
     return 0 if report.passed else UNVERIFIED
 

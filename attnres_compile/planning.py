@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from attnres_compile.call_shapes import describe_call
 from attnres_compile.capture import Captured, capture
@@ -33,6 +33,11 @@ from attnres_compile.plans import (
     Site,
 )
 from attnres_compile.stream_plans import ordinals_by_owner_call, owner_calls, plan_stream, unusable
+
+Owners = dict[int, ModuleCall]
+"""The call of the module that holds the parameters of each stream, by the stream's id."""
+
+OwnersOf = Callable[[tuple[ResidualStream, ...], Dataflow], Owners]
 
 
 def plan(
@@ -88,8 +93,23 @@ def plan_of_capture(
 
     `owner` fixes the module that will hold the parameters; otherwise it is chosen per stream.
     """
-    graph = captured.module.graph
-    name, size = type(model).__name__, sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters())
+
+    def owners_of(streams: tuple[ResidualStream, ...], view: Dataflow) -> Owners:
+        if owner is None:
+            return owner_calls(streams, model, view)
+        return {id(s): ModuleCall(owner, "") for s in streams}
+
+    return plan_of_graph(captured.module.graph, type(model).__name__, size, config, owners_of)
+
+
+def plan_of_graph(
+    graph: fx.Graph, name: str, size: int, config: AttnResConfig, owners_of: OwnersOf
+) -> ConversionPlan:
+    """The plan for a graph with example values, of a model of this name and number of parameters.
+
+    `owners_of` says which module is to hold the parameters of each stream.
+    """
     view = Dataflow.of(graph)
     existing = find_existing(view)
     if existing:
@@ -104,10 +124,7 @@ def plan_of_capture(
             found.append((stream, channel))
         elif refusal is not None:
             refusals.append(refusal)
-    if owner is None:
-        owners = owner_calls(analysis.streams, model, view)
-    else:
-        owners = {id(s): ModuleCall(owner, "") for s in analysis.streams}
+    owners = owners_of(analysis.streams, view)
     ordinals = ordinals_by_owner_call(analysis.streams, owners)
     planned = [plan_stream(s, c, owners[id(s)].path, ordinals, config) for s, c in found]
     named = _named_apart(_first_calls(planned))

@@ -16,6 +16,9 @@ from torch import fx
 MODULE_CALLS = "attnres_module_calls"
 """Key of `node.meta` under which capture records the module calls around a node."""
 
+SOURCE = "attnres_source"
+"""Key of `node.meta` for a graph that knows its nodes by names, and no lines of a program."""
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -76,7 +79,12 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """Where the user's program made this node, as ``file.py:123``; empty where unknown."""
+    """Where the user's program made this node, as ``file.py:123``; empty where unknown.
+
+    The name of the node, in a graph that was not traced from a program.
+    """
+    if SOURCE in node.meta:
+        return str(node.meta[SOURCE])
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     if not frames:
         return ""

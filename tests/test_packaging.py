@@ -25,6 +25,9 @@ PACKAGES = {
 HEAVY_MODULES = (
     "matplotlib",
     "networkx",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "rich",
     "torch._dynamo",
     "torch._inductor",

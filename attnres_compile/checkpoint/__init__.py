@@ -3,6 +3,7 @@
 safetensors.py   one ``.safetensors`` file, or new parameters only
 pt.py            ``.pt`` and ``.pth``: state dicts, and pickled modules where that is allowed
 pt2.py           ``.pt2``: programs of torch.export
+onnx.py          ``.onnx``: graphs of any exporter, weights inside or beside them
 huggingface.py   a directory with config.json and shards of either kind
 
 record.py        what every format says of the conversion: the plan, as JSON

@@ -27,6 +27,7 @@ from attnres_compile.checkpoint.huggingface import (
     is_directory_checkpoint,
     open_directory,
 )
+from attnres_compile.checkpoint.onnx_extra import onnx_files
 from attnres_compile.checkpoint.record import KEY, Record, initial_tensors
 from attnres_compile.checkpoint.transformers_models import check_shapes, model_on_meta
 from attnres_compile.checkpoint.writing import (
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 Factory = Callable[[], nn.Module]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-FORMATS = (".safetensors", ".pt", ".pth", ".bin", ".pt2")
+FORMATS = (".safetensors", ".pt", ".pth", ".bin", ".pt2", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Options:
         overwrite: replace what is there.
         copy: copy weights where they could be linked.
         hashed: record the SHA-256 of the original files now.
+        inline: of ONNX models: no functions.
         advance: is told of bytes as they are written and hashed.
     """
 
@@ -88,6 +90,7 @@ class Options:
     overwrite: bool = False
     copy: bool = False
     hashed: bool = True
+    inline: bool = False
     advance: Advance = ignore
 
 
@@ -98,6 +101,9 @@ def plan_source(source: Source, config: AttnResConfig) -> ConversionPlan:
     saving.check_readable(source.path)
     if source.suffix == ".pt2":
         return pt2.plan_file(source.path, config)
+    if source.suffix == ".onnx":
+        planned: ConversionPlan = onnx_files().plan_file(source.path, config, shapes_of(source))
+        return planned
     if source.suffix == "" and open_directory(source.path, weights=False).marked:
         raise AlreadyConvertedError(
             f"{source.path.name} has Attention Residuals already; 'inspect' shows them."
@@ -189,6 +195,9 @@ def record_of(source: Source) -> Record | None:
         return open_directory(source.path).record()
     if source.suffix == ".pt2":
         return pt2.read_record(source.path)
+    if source.suffix == ".onnx":
+        record: Record | None = onnx_files().read_record(source.path)
+        return record
     if source.suffix == ".safetensors":
         text: Any = st.read_header(source.path).metadata.get(KEY)
     else:
@@ -214,6 +223,10 @@ def convert_source(
     """
     saving.check_readable(source.path)
     check_output(source, output, options)
+    if source.suffix == ".onnx":
+        return _convert_onnx(source, output, config, options)
+    if options.inline:
+        raise ConfigError("only ONNX models have functions to put inline.")
     from attnres_compile.checkpoint import translating
 
     record = record_of(source)
@@ -234,8 +247,10 @@ def convert_source(
     return _convert_pt(source, model, output, config, options)
 
 
-def needed_space(source: Source, options: Options) -> int:
+def needed_space(source: Source, options: Options, output: Path | None = None) -> int:
     """Bytes that a conversion writes, without the new parameters."""
+    if source.suffix == ".onnx":
+        return source.path.stat().st_size + int(onnx_files().external_size(source.path, output))
     if source.suffix != "":
         return source.path.stat().st_size
     folder = source.path.parent if source.path.is_file() else source.path
@@ -247,6 +262,8 @@ def needed_space(source: Source, options: Options) -> int:
 
 def work_of(source: Source, options: Options) -> int:
     """Bytes that a conversion tells its progress of: those it writes and those it hashes."""
+    if source.suffix == ".onnx":
+        return int(onnx_files().external_size(source.path))
     if source.suffix != "":
         return source.path.stat().st_size * (2 if options.hashed else 1)
     folder = source.path.parent if source.path.is_file() else source.path
@@ -335,6 +352,39 @@ def _convert_pickled(
     planned: Any = converted.plan
     assert isinstance(planned, ConversionPlan)
     return planned
+
+
+def _convert_onnx(
+    source: Source, output: Path, config: AttnResConfig, options: Options
+) -> ConversionPlan:
+    if options.names != "native":
+        raise ConfigError("an ONNX model keeps the names of its parameters: native.")
+    if source.factory is not None:
+        raise ConfigError("an ONNX model needs no --model; it says itself what it computes.")
+    if options.copy and output.absolute().parent == source.path.absolute().parent:
+        raise ConfigError("--copy: name an output in another directory; here weights are shared.")
+    planned: ConversionPlan = onnx_files().convert_file(
+        source.path,
+        output,
+        config,
+        shapes_of(source),
+        inline=options.inline,
+        overwrite=options.overwrite,
+        advance=options.advance,
+    )
+    return planned
+
+
+def shapes_of(source: Source) -> dict[str, tuple[int, ...]]:
+    """The shapes of the inputs that were given by name, for an ONNX model.
+
+    Raises:
+        InputError: they were given by position, or are no tensors.
+    """
+    args, kwargs = source.call or ((), {})
+    if args or not all(isinstance(value, Tensor) for value in kwargs.values()):
+        raise InputError("the inputs of an ONNX model have names: say NAME=SHAPE.")
+    return {name: tuple(value.shape) for name, value in kwargs.items()}
 
 
 def _new(planned: ConversionPlan, options: Options) -> tuple[Record, dict[str, Tensor]]:

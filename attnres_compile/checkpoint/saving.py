@@ -17,6 +17,7 @@ from attnres_compile.checkpoint.dressing import dress
 from attnres_compile.checkpoint.filling import fill, stored_tensors
 from attnres_compile.checkpoint.huggingface import is_directory_checkpoint, open_directory
 from attnres_compile.checkpoint.matching import check_fits
+from attnres_compile.checkpoint.onnx_extra import require
 from attnres_compile.checkpoint.record import (
     KEY,
     NAMINGS,
@@ -66,14 +67,15 @@ def save(
     Args:
         converted: what `convert` or `load` returned.
         path: ``.safetensors``, ``.pt`` or ``.pth`` for one file, ``.pt2`` for an exported program,
-            and anything else for a directory: as `save_pretrained` writes it, with the new
-            parameters in a file of their own.
+            ``.onnx`` for a model of ONNX (every axis dynamic that can be), and anything else for a
+            directory: as `save_pretrained` writes it, with the new parameters in a file of their
+            own.
         names: whose parameter names to use for queries and gains: ours, ``"kimi"`` (Kimi K3), or
             ``"fla"`` (flash-linear-attention).
         new_only: save queries and gains only, a few kilobytes (``.safetensors`` or ``.pt``). They
             load into the model they were made for: ``load(path, model)``.
         overwrite: replace what is there.
-        args, kwargs: example inputs, for ``.pt2`` alone; inferred where the model says.
+        args, kwargs: example inputs, for ``.pt2`` and ``.onnx``; inferred where the model says.
 
     Raises:
         InputError: the model was not converted.
@@ -96,6 +98,13 @@ def save(
         if names != "native" or new_only:
             raise ConfigError("a .pt2 program is saved whole and with native names.")
         pt2.save(converted, target, record, args, kwargs, overwrite=overwrite)
+    elif suffix == ".onnx":
+        if names != "native" or new_only:
+            raise ConfigError("an ONNX model is saved whole and with native names.")
+        require("onnx", "onnxscript", "onnx_ir")
+        from attnres_compile.onnx_export import save_onnx
+
+        save_onnx(converted, target, record, args, kwargs, overwrite=overwrite)
     elif suffix == ".safetensors":
         tensors = new if new_only else {**_base(converted), **new}
         with new_file(target, overwrite=overwrite) as file:
@@ -154,6 +163,11 @@ def load(
     check_readable(source)
     if source.suffix.lower() == ".pt2":
         return pt2.load(source)
+    if source.suffix.lower() == ".onnx":
+        raise InputError(
+            f"{source.name} is run by ONNX Runtime and does not load into PyTorch; load the "
+            "checkpoint that it was exported from."
+        )
     if is_directory_checkpoint(source):
         return _load_directory(source, model, names, config, trust_remote_code)
     if source.suffix.lower() == ".safetensors":

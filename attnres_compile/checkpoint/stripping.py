@@ -19,6 +19,7 @@ from attnres_compile.checkpoint.huggingface import (
     open_directory,
 )
 from attnres_compile.checkpoint.names import foreign_names
+from attnres_compile.checkpoint.onnx_extra import onnx_files
 from attnres_compile.checkpoint.record import KEY, Record, new_tensors
 from attnres_compile.checkpoint.saving import check_readable, plain_model
 from attnres_compile.checkpoint.writing import (
@@ -64,6 +65,13 @@ def strip_source(source: Source, output: Path, options: Options) -> Stripped:
     elif source.suffix == ".pt2":
         pt2.strip_file(source.path, output, overwrite=options.overwrite)
         checked = "Graph and weights are those of the program that was converted."
+    elif source.suffix == ".onnx":
+        checked = onnx_files().strip_file(
+            source.path,
+            output,
+            overwrite=options.overwrite,
+            advance=options.advance,
+        )
     elif source.suffix == ".safetensors":
         checked = _strip_safetensors(source.path, record, output, options)
     else:
@@ -100,6 +108,8 @@ def _some_tensors(source: Source, names: set[str]) -> dict[str, torch.Tensor]:
     if source.suffix == ".pt2":
         state = pt2.read_program(source.path).state_dict
         return {name: state[name] for name in names & set(state)}
+    if source.suffix == ".onnx":
+        return dict(onnx_files().new_values(source.path, names))
     if source.suffix in pt.SUFFIXES:
         loaded = pt.read_pickle(source.path) if source.allow_pickle else pt.read_file(source.path)
         state = loaded.state_dict() if isinstance(loaded, nn.Module) else loaded

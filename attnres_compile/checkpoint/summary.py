@@ -13,6 +13,7 @@ from attnres_compile.checkpoint import pt, pt2
 from attnres_compile.checkpoint import safetensors as st
 from attnres_compile.checkpoint.converting import Source
 from attnres_compile.checkpoint.huggingface import open_directory
+from attnres_compile.checkpoint.onnx_extra import onnx_files
 from attnres_compile.checkpoint.record import Record
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def _shapes(source: Source) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         return st.read_header(source.path).shapes()
     if source.suffix == ".pt2":
         return pt.shapes_of(pt2.read_program(source.path).state_dict)
+    if source.suffix == ".onnx":
+        return dict(onnx_files().tensor_shapes(source.path))
     loaded = pt.read_pickle(source.path) if source.allow_pickle else pt.read_file(source.path)
     state = loaded.state_dict() if hasattr(loaded, "state_dict") else None
     return pt.shapes_of(state if state is not None else pt.state_dict_of(loaded, source.path))

@@ -167,7 +167,7 @@ def link_or_copy(source: Path, target: Path, *, copy: bool, advance: Advance = i
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
-    _copy(source, target, advance)
+    copy_file(source, target, advance)
 
 
 def sha256(path: Path, advance: Advance = ignore) -> str:
@@ -257,7 +257,9 @@ def _synced(path: Path) -> None:
         os.close(descriptor)
 
 
-def _copy(source: Path, target: Path, advance: Advance) -> None:
+def copy_file(source: Path, target: Path, advance: Advance = ignore) -> None:
+    """Copies a file of any size in pieces; the target must not exist."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as reading, target.open("xb") as writing:
         while chunk := reading.read(CHUNK):
             writing.write(chunk)
