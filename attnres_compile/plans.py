@@ -49,7 +49,8 @@ class Site:
         name: what it stands before, unique in its owner.
         depth: how many residual additions precede the read; 0 is the root.
         state: its position among the stream's states, absorbed additions counted too.
-        num_sources: what it attends over; 1 for the root, which is read as it is.
+        num_sources: what it attends over; 1 for the root and for a site that the options leave
+            out, which are read as they are.
         module_path: path of the first module that reads it.
         readers: who reads it, and whether they see its scale.
         query_name, gain_name: names among the converted model's parameters; None without one.
@@ -63,6 +64,11 @@ class Site:
     readers: tuple[Reader, ...]
     query_name: str | None
     gain_name: str | None
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the options leave it out: its readers get the plain residual sum."""
+        return self.state > 0 and self.query_name is None
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ class ConversionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a dictionary of JSON values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "config": self.config.to_json()}
 
     def require_streams(self) -> None:
         """Raises NothingToConvertError, with its reasons, for a plan without streams."""
