@@ -14,6 +14,7 @@ from attnres_compile.call_shapes import describe_call
 from attnres_compile.capture import Captured, capture
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import AlreadyConvertedError, ConfigError, InputError
+from attnres_compile.explaining import explain_plan
 from attnres_compile.inputs import infer_inputs
 from attnres_compile.passes.classify_readers import (
     channel_dimension,
@@ -23,7 +24,7 @@ from attnres_compile.passes.find_existing import find_existing
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import ModuleCall, module_path
 from attnres_compile.passes.locate_sites import locate_sites
-from attnres_compile.passes.streams import ResidualStream
+from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.plans import ConversionPlan, PlannedStream, Site
 from attnres_compile.selection import SitePaths, blocks_by_stream, check_blocks, select
 from attnres_compile.stream_plans import (
@@ -97,19 +98,21 @@ def plan_of_capture(
     analysis = find_streams(graph)
     refusals = list(analysis.refusals)
     found: list[tuple[ResidualStream, int]] = []
+    refused: list[tuple[ResidualStream, Refusal]] = []
     for stream in analysis.streams:
         channel = channel_dimension(stream)
         refusal = unusable(stream, channel, view.memory)
         if refusal is None and channel is not None:
             found.append((stream, channel))
         elif refusal is not None:
-            refusals.append(refusal)
+            refused.append((stream, refusal))
     if owner is None:
         owners = owner_calls(analysis.streams, model, view)
     else:
         owners = {id(s): ModuleCall(owner, "") for s in analysis.streams}
     ordinals = ordinals_by_owner_call(analysis.streams, owners)
-    first = _first_calls(found, owners, ordinals)
+    keys = [_call_key(stream, owners, ordinals) for stream, _ in found]
+    first = _first_calls(keys, found)
     names = _stream_names([stream for stream, _ in first])
     options = dict(zip(names, blocks_by_stream(names, config), strict=True))
     planned = [
@@ -121,8 +124,17 @@ def plan_of_capture(
         paths = {n: locate_sites(view, s) for (s, _), n in zip(first, names, strict=True)}
     streams, left_out = select(_with_sites_apart(planned), paths, config)
     check_blocks(streams, options)
-    refusals += left_out
-    return ConversionPlan(name, config, tuple(streams), tuple(refusals), size)
+    kept = {stream.name: stream for stream in streams}
+    name_of = dict(zip(dict.fromkeys(keys), names, strict=True))
+    called = [(stream, name_of[key]) for (stream, _), key in zip(found, keys, strict=True)]
+    converted = [(stream, kept[name]) for stream, name in called if name in kept]
+    unwanted = [(stream, left_out[name][0]) for stream, name in called if name in left_out]
+    explanations = explain_plan(view, converted, [*refused, *unwanted], refusals)
+    refusals += [refusal for _, refusal in refused]
+    refusals += [refusal for of_stream in left_out.values() for refusal in of_stream]
+    return ConversionPlan(
+        name, config, tuple(streams), tuple(refusals), size, explanations=explanations
+    )
 
 
 def check_call(args: object, kwargs: object, config: object) -> None:
@@ -173,17 +185,25 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+CallKey = tuple[str, tuple[tuple[str, int], ...]]
+
+
+def _call_key(
+    stream: ResidualStream, owners: Mapping[int, ModuleCall], ordinals: Mapping[fx.Node, int]
+) -> CallKey:
+    """The same for the streams of all calls of one owner."""
+    identities = tuple((module_path(a.node), ordinals[a.node]) for a in stream.additions)
+    return owners[id(stream)].path, identities
+
+
 def _first_calls(
-    streams: list[tuple[ResidualStream, int]],
-    owners: Mapping[int, ModuleCall],
-    ordinals: Mapping[fx.Node, int],
+    keys: list[CallKey], streams: list[tuple[ResidualStream, int]]
 ) -> list[tuple[ResidualStream, int]]:
     """An owner that is called several times runs one stream each time; it is planned once."""
-    seen: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[ResidualStream, int]] = {}
-    for stream, channel in streams:
-        identities = tuple((module_path(a.node), ordinals[a.node]) for a in stream.additions)
-        seen.setdefault((owners[id(stream)].path, identities), (stream, channel))
-    return list(seen.values())
+    first: dict[CallKey, tuple[ResidualStream, int]] = {}
+    for key, stream in zip(keys, streams, strict=True):
+        first.setdefault(key, stream)
+    return list(first.values())
 
 
 def _stream_names(streams: list[ResidualStream]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import ConfigError
 from attnres_compile.passes.streams import Refusal
 from attnres_compile.path_patterns import check_all_match, chooser, matcher
-from attnres_compile.plans import PlannedAddition, PlannedStream, Site
+from attnres_compile.plans import PlannedStream, Site
 
 SitePaths = dict[str, dict[int, tuple[str, ...]]]
 """By the name of the stream and the state of the site: the modules that a site is about."""
@@ -52,8 +52,8 @@ def check_blocks(streams: Sequence[PlannedStream], options: Mapping[str, AttnRes
 
 def select(
     streams: Sequence[PlannedStream], paths: SitePaths, config: AttnResConfig
-) -> tuple[list[PlannedStream], list[Refusal]]:
-    """The streams that are wanted, their unwanted sites left out, and what is not converted so.
+) -> tuple[list[PlannedStream], dict[str, list[Refusal]]]:
+    """The streams that are wanted, their unwanted sites left out; refusals of the others, by name.
 
     Raises:
         ConfigError: a pattern matches nothing.
@@ -62,12 +62,12 @@ def select(
     check_all_match("streams", config.streams or (), names, "residual stream")
     chosen = chooser(config.streams or (), names)
     wanted = [stream for stream in streams if chosen([stream.name])]
-    refusals = _left_out((s for s in streams if s not in wanted), "streams")
+    refusals = {s.name: _left_out(s, "streams") for s in streams if s not in wanted}
     if config.sites is None:
         return wanted, refusals
     thinned = _with_chosen_sites(wanted, paths, config.sites)
     empty = [stream for stream in thinned if not any(site.query_name for site in stream.sites)]
-    refusals += _left_out(empty, "sites")
+    refusals |= {stream.name: _left_out(stream, "sites") for stream in empty}
     return [stream for stream in thinned if stream not in empty], refusals
 
 
@@ -99,10 +99,6 @@ def _plain(site: Site) -> Site:
     return dataclasses.replace(site, num_sources=1, query_name=None, gain_name=None)
 
 
-def _left_out(streams: Iterable[PlannedStream], option: str) -> list[Refusal]:
-    return [_refusal(each, option) for stream in streams for each in stream.additions]
-
-
-def _refusal(addition: PlannedAddition, option: str) -> Refusal:
+def _left_out(stream: PlannedStream, option: str) -> list[Refusal]:
     reason = f"left out by the option {option}"
-    return Refusal("left-out", reason, addition.module_path, addition.source)
+    return [Refusal("left-out", reason, a.module_path, a.source) for a in stream.additions]

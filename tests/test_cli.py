@@ -329,7 +329,7 @@ def test_a_pickled_module_only_when_allowed(
 
 
 FLAGS = {
-    "plan": "graph overwrite",
+    "plan": "graph why overwrite",
     "convert": "names copy defer-hashes dry-run overwrite",
     "verify": "no-float64 files",
     "inspect": "depth-attention overwrite",
