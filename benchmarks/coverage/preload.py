@@ -1,4 +1,4 @@
-"""Imported once by the server that workers are forked from: this takes most of a minute."""
+"""Imported once by the server that workers are forked from: what each of them would do again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import torch._dynamo
 torch.set_num_threads(1)
 
 import transformers  # noqa: E402
+import transformers.modeling_utils  # noqa: E402
 
+import attnres_compile.conversion  # noqa: E402
+import attnres_compile.verification  # noqa: E402, F401
 import check_model  # noqa: E402, F401
+import tiny_transformers  # noqa: E402
+from attnres_compile.capture import capture  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-
-import tiny_transformers  # noqa: E402
-
-tiny_transformers.architectures()  # imports every model of the library
+model, kwargs, _ = tiny_transformers.build("LlamaModel")
+capture(model, (), kwargs)  # what Dynamo imports at its first call; no backward before a fork

@@ -74,6 +74,9 @@ def sweep(todo: list[Task], *, jobs: int, limit: float) -> Iterator[dict[str, An
         jobs: processes at a time.
         limit: seconds that a model may take.
     """
+    # The server starts without this process's sys.path, and ignores modules it does not find.
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["preload"])
     waiting, running = list(reversed(todo)), {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VOCABULARY, WIDTH, HEADS, LAYERS, IMAGE, PATCH = 96, 32, 4, 3, 32, 8
+VOCABULARY, WIDTH, HEADS, LAYERS, IMAGE, PATCH = 96, 32, 4, 2, 32, 8
 MOST_PARAMETERS = 40_000_000
 BATCH, LENGTH = 2, 8
 
@@ -75,7 +75,10 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(
         "mamba_n_groups n_groups num_mem_blocks first_k_dense_replace num_dense_layers".split(), 1
     ),
-    **dict.fromkeys("vocab_size vocab_size_per_layer_input text_vocab_size".split(), VOCABULARY),
+    **dict.fromkeys(
+        "vocab_size vocab_size_per_layer_input text_vocab_size entity_vocab_size".split(),
+        VOCABULARY,
+    ),
     **dict.fromkeys(
         "max_position_embeddings n_positions max_source_positions max_target_positions "
         "max_seq_len sliding_window attention_window".split(),
@@ -90,6 +93,7 @@ _SMALL: dict[str, int] = {
     "d_latents": WIDTH,
     "rotary_dim": 4,
     "num_mel_bins": 16,
+    "prediction_length": 4,
     "spectrogram_length": 64,
     "state_size": 8,
     "mamba_d_state": 8,
@@ -97,6 +101,7 @@ _SMALL: dict[str, int] = {
     "chunk_size": 8,
     "mamba_chunk_size": 8,
 }
+_EXPORTED = re.compile(r"^__all__ = \[(.*?)\]", re.DOTALL | re.MULTILINE)
 _SHALLOW = frozenset(name for name, size in _SMALL.items() if size in (LAYERS, VOCABULARY))
 _SHALLOW |= {"num_experts", "num_local_experts", "n_routed_experts"}
 
@@ -106,6 +111,10 @@ RECIPES: tuple[tuple[str, dict[str, int]], ...] = (
     (
         "tiny, heads as they are",
         {k: v for k, v in _SMALL.items() if v != WIDTH // HEADS or k == "mlp_dim"},
+    ),
+    (
+        "tiny, wider heads",
+        {k: 2 * v if v == WIDTH // HEADS and "head" in k else v for k, v in _SMALL.items()},
     ),
     (
         "tiny, one wide head",
@@ -118,15 +127,19 @@ RECIPES: tuple[tuple[str, dict[str, int]], ...] = (
 
 @functools.cache
 def architectures() -> dict[str, str]:
-    """By the name of a ``*Model`` or ``*For...`` class: the module of transformers it is in."""
-    from transformers import models
+    """By the name of a ``*Model`` or ``*For...`` class: the module of transformers it is in.
+
+    Read from the text of the library: importing all of it takes a minute.
+    """
+    import transformers
 
     found: dict[str, str] = {}
-    for info in pkgutil.iter_modules(models.__path__):
-        folder = Path(str(models.__path__[0])) / info.name
-        for file in sorted(folder.glob("modeling_*.py")):
-            module = f"transformers.models.{info.name}.{file.stem}"
-            found.update(dict.fromkeys(_architectures_in(module), module))
+    models = Path(str(transformers.__file__)).parent / "models"
+    for file in sorted(models.glob("*/modeling_*.py")):
+        exported = _EXPORTED.search(file.read_text(encoding="utf-8"))
+        names = re.findall(r"[\"'](\w+)[\"']", exported[1]) if exported else []
+        module = f"transformers.models.{file.parent.name}.{file.stem}"
+        found.update(dict.fromkeys(filter(_is_architecture, names), module))
     return found
 
 
@@ -142,6 +155,8 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any], str]:
         ValueError: no recipe gives a model that runs; says why the first did not.
     """
     cls = getattr(importlib.import_module(architectures()[name]), name)
+    if cls.forward is nn.Module.forward:
+        raise ValueError("it has no forward: its parts are called one by one")
     failures = []
     for recipe, sizes in RECIPES:
         try:
@@ -172,6 +187,10 @@ def _overrides(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
     vocabulary = chosen.get("vocab_size", fields.get("vocab_size"))
     if isinstance(vocabulary, int):
         chosen.update(_special_tokens(fields, vocabulary))
+    if config.model_type == "timm_backbone":  # DETR and its like
+        chosen |= {"backbone": "resnet18", "use_pretrained_backbone": False}
+    if fields.get("vocab_size", 0) is None:  # ESM
+        chosen["pad_token_id"] = 1
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)
         if hasattr(part, "to_dict"):
@@ -181,6 +200,8 @@ def _overrides(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
 
 def _shrunk(value: Any, size: int) -> Any:
     """The small value of a field, of the type it had; None to leave it alone."""
+    if value is None and size == VOCABULARY:
+        return size  # ESM's has to be said
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -301,24 +322,14 @@ def _images(config: Any, *, video: bool) -> Tensor:
 
 
 def _first(config: Any, *names: str) -> Any:
-    return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+    """The first of these fields that a config has, or else its sub-configs."""
+    found = next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+    if found is not None:
+        return found
+    parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", {})]
+    inner = (_first(part, *names) for part in parts if part is not None)
+    return next((value for value in inner if value is not None), None)
 
 
-def _architectures_in(module_name: str) -> Iterator[str]:
-    from transformers import PreTrainedModel
-
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError:  # it needs a package that is not installed
-        return
-    for name in getattr(module, "__all__", ()):
-        cls = getattr(module, name)
-        named = name.endswith("Model") or "For" in name
-        if (
-            named
-            and not name.endswith("PreTrainedModel")
-            and isinstance(cls, type)
-            and issubclass(cls, PreTrainedModel)
-            and getattr(cls, "config_class", None) is not None
-        ):
-            yield name
+def _is_architecture(name: str) -> bool:
+    return (name.endswith("Model") or "For" in name) and not name.endswith("PreTrainedModel")
