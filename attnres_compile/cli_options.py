@@ -78,7 +78,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config", type=Path, metavar="FILE", help="options as TOML, with AttnResConfig's keys"
     )
-    group.add_argument("--num-blocks", type=_count_or_word, metavar="N|auto|full")
+    group.add_argument(
+        "--num-blocks",
+        type=_blocks,
+        metavar="N|auto|full",
+        help="blocks of each stream, or of some: encoder=4,decoder=full",
+    )
     group.add_argument(
         "--block-sublayers", type=int, metavar="N", help="attention and MLP count one each"
     )
@@ -89,6 +94,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eps", type=float, metavar="X")
     group.add_argument(
         "--streams", nargs="+", metavar="PATTERN", help="convert these only; '!PATTERN' leaves out"
+    )
+    group.add_argument(
+        "--sites",
+        nargs="+",
+        metavar="PATTERN",
+        help="give these only a mix, by the modules that read there: '*.self_attn', '!*.mlp', or "
+        "'model.layers[::2]' for every second layer",
     )
 
 
@@ -261,6 +273,13 @@ def _split(inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     numbers = sorted((n for n in inputs if n.isdecimal()), key=int)
     args = tuple(inputs[number] for number in numbers)
     return args, {name: value for name, value in inputs.items() if name not in numbers}
+
+
+def _blocks(text: str) -> int | str | dict[str, int | str]:
+    if "=" not in text:
+        return _count_or_word(text)
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    return {pattern: _count_or_word(count) for pattern, _, count in pairs}
 
 
 def _count_or_word(text: str) -> int | str:

@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the spine: sublayers, blocks, sites, what reads what (.svg or .dot)",
     )
+    parser.add_argument(
+        "--why",
+        metavar="PATH",
+        help="say of each addition under a module path what it is, or what rule decided that it is "
+        "none (a pattern as for --sites)",
+    )
     options.add_overwrite(parser)
     options.add_config(parser)
     options.add_model(parser)
@@ -32,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
     if args.graph is not None:
         check_drawable(args.graph)
     plan = plan_source(options.source_of(args, args.checkpoint), options.config_of(args))
+    if args.why is not None:
+        why = plan.why(args.why)
+        show(args, why.to_json(), str(why))
+        return 0
     show(args, plan.to_json(), plan)
     plan.require_streams()
     if args.graph is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from attnres_compile.errors import ConfigError
+
+Blocks: TypeAlias = int | Literal["auto", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,9 @@ class AttnResConfig:
             stream, ``"full"`` is one sublayer per block (Full AttnRes). A number is clipped to
             the sublayers of a shallower stream, and is an error above those of the deepest one.
             When a stream has at least as many layers as blocks, boundaries fall between layers;
-            the remainder goes to the last block.
+            the remainder goes to the last block. Or a mapping from patterns over the streams'
+            names to any of these: the first that matches a stream counts, ``"auto"`` where none
+            does; kept as pairs.
         block_sublayers: sublayers per block, instead of ``num_blocks``; the last block holds the
             remainder. (The paper's S; Kimi K3's ``attn_res_block_size`` counts layers.)
         aggregate: ``"sum"`` multiplies each mix by its number of sources, so that zero queries
@@ -31,6 +35,11 @@ class AttnResConfig:
         streams: which residual streams to convert, as glob patterns over their names
             (``"encoder"`` also matches ``encoder.block``); ``"!pattern"`` leaves streams out.
             ``None`` converts all. A pattern that matches no stream is an error.
+        sites: which sites get a mix, as glob patterns over the modules that read there and that
+            the sublayer runs: ``"*.self_attn"`` or ``"!*.mlp"``, ``"model.layers[::2]"`` for every
+            second layer (a slice, as of a Python list), ``"model.norm"`` for the last read. A site
+            that is left out reads the plain residual sum, and the sources stay as they are.
+            ``None`` gives all of them a mix. A pattern that matches no site is an error.
 
     Raises:
         ConfigError: on any value out of range, or on both ways of saying the block size at once.
@@ -40,12 +49,13 @@ class AttnResConfig:
         'sum'
     """
 
-    num_blocks: int | Literal["auto", "full"] = "auto"
+    num_blocks: Blocks | Mapping[str, Blocks] | tuple[tuple[str, Blocks], ...] = "auto"
     block_sublayers: int | None = None
     aggregate: Literal["sum", "mean"] = "sum"
     key_gain: bool = True
     eps: float = 1e-6
     streams: tuple[str, ...] | None = None
+    sites: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.block_sublayers is not None and self.num_blocks != "auto":
@@ -53,10 +63,10 @@ class AttnResConfig:
                 f"num_blocks={self.num_blocks!r} and block_sublayers={self.block_sublayers} both "
                 "say how long a block is; set only one of them."
             )
-        if self.num_blocks not in ("auto", "full") and not _is_positive_int(self.num_blocks):
-            raise ConfigError(
-                f"num_blocks must be 'auto', 'full' or a positive integer, not {self.num_blocks!r}."
-            )
+        if isinstance(self.num_blocks, Mapping | tuple):
+            object.__setattr__(self, "num_blocks", _pairs(self.num_blocks))
+        else:
+            _check_number(self.num_blocks)
         if self.block_sublayers is not None and not _is_positive_int(self.block_sublayers):
             raise ConfigError(
                 f"block_sublayers must be a positive integer, not {self.block_sublayers!r}."
@@ -68,23 +78,53 @@ class AttnResConfig:
         if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
             raise ConfigError(f"eps must lie between 0 and 1, not {self.eps!r}.")
         if self.streams is not None:
-            object.__setattr__(self, "streams", _patterns(self.streams))
+            object.__setattr__(self, "streams", _patterns("streams", self.streams))
+        if self.sites is not None:
+            object.__setattr__(self, "sites", _patterns("sites", self.sites))
 
     def to_json(self) -> dict[str, Any]:
         """The options as a dictionary of JSON values."""
-        return asdict(self)
+        settings = asdict(self)
+        if isinstance(self.num_blocks, tuple):
+            settings["num_blocks"] = dict(self.num_blocks)
+        return settings
 
 
-def _patterns(streams: object) -> tuple[str, ...]:
-    if isinstance(streams, str):
-        raise ConfigError(f"streams takes a tuple of patterns; write streams=({streams!r},).")
-    if not isinstance(streams, Iterable) or isinstance(streams, Mapping):
-        raise ConfigError(f"streams takes a tuple of patterns, not {streams!r}.")
-    patterns = tuple(streams)
+def _pairs(num_blocks: Any) -> tuple[tuple[str, Blocks], ...]:
+    try:
+        pairs = tuple(dict(num_blocks).items())
+    except (TypeError, ValueError):
+        pairs = ()
+    if not pairs or not all(isinstance(pattern, str) for pattern, _ in pairs):
+        raise ConfigError(
+            f"num_blocks={num_blocks!r} should map patterns over streams to numbers, as in "
+            "{'encoder': 4, 'decoder': 'full'}."
+        )
+    for pattern, count in pairs:
+        if pattern.startswith("!"):
+            raise ConfigError(f"num_blocks gives no number to all but {pattern[1:]!r}; name them.")
+        _check_number(count)
+    return pairs
+
+
+def _check_number(num_blocks: object) -> None:
+    if num_blocks not in ("auto", "full") and not _is_positive_int(num_blocks):
+        raise ConfigError(
+            f"num_blocks must be 'auto', 'full' or a positive integer, not {num_blocks!r}."
+        )
+
+
+def _patterns(option: str, given: object) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise ConfigError(f"{option} takes a tuple of patterns; write {option}=({given!r},).")
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        raise ConfigError(f"{option} takes a tuple of patterns, not {given!r}.")
+    patterns = tuple(given)
     if not patterns:
-        raise ConfigError("streams=() converts nothing; leave it out to convert every stream.")
+        each = option.removesuffix("s")
+        raise ConfigError(f"{option}=() converts nothing; leave it out to convert every {each}.")
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigError(f"streams takes a tuple of patterns, not {streams!r}.")
+        raise ConfigError(f"{option} takes a tuple of patterns, not {given!r}.")
     return patterns
 
 

@@ -299,6 +299,7 @@ def _stream_layout(stream: PlannedStream, config: AttnResConfig, owner: str) -> 
         sites=tuple(site.state for site in stream.sites if site.query_name is not None),
         gains=config.key_gain,
         mix=stream.mix_layout(config),
+        left_out=tuple(site.state for site in stream.sites if site.left_out),
     )
 
 

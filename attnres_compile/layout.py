@@ -15,9 +15,10 @@ class StreamLayout:
     Attributes:
         name: of the stream, for messages.
         additions: path below the owner and ordinal of every residual addition.
-        sites: state positions of the sites with several sources; with a gain or without.
+        sites: state positions of the sites that have a mix, with a gain or without.
         mix: blocks and form of the mixes.
         gains: whether each of those sites has a key gain.
+        left_out: state positions of the sites that read the plain residual sum.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StreamLayout:
     sites: tuple[int, ...]
     gains: bool
     mix: MixLayout
+    left_out: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ class OwnerLayout:
 def _stream(data: dict[str, object]) -> StreamLayout:
     additions = data["additions"]
     sites = data["sites"]
+    left_out = data["left_out"]
     mix = data["mix"]
     assert isinstance(additions, list)
     assert isinstance(sites, list)
+    assert isinstance(left_out, list)
     assert isinstance(mix, dict)
     return StreamLayout(
         name=str(data["name"]),
@@ -71,4 +75,5 @@ def _stream(data: dict[str, object]) -> StreamLayout:
             eps=float(mix["eps"]),
             channel_dim=int(mix["channel_dim"]),
         ),
+        left_out=tuple(int(site) for site in left_out),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from attnres_compile.call_shapes import describe_call
 from attnres_compile.capture import Captured, capture
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import AlreadyConvertedError, ConfigError, InputError
+from attnres_compile.explaining import explain_plan
 from attnres_compile.inputs import infer_inputs
 from attnres_compile.passes.classify_readers import (
     channel_dimension,
@@ -22,17 +22,18 @@ from attnres_compile.passes.classify_readers import (
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_existing import find_existing
 from attnres_compile.passes.find_streams import find_streams
-from attnres_compile.passes.graph_values import (
-    ModuleCall,
-)
+from attnres_compile.passes.graph_values import ModuleCall, module_path
+from attnres_compile.passes.locate_sites import locate_sites
 from attnres_compile.passes.streams import Refusal, ResidualStream
-from attnres_compile.plans import (
-    ConversionPlan,
-    PlannedAddition,
-    PlannedStream,
-    Site,
+from attnres_compile.plans import ConversionPlan, PlannedStream, Site
+from attnres_compile.selection import SitePaths, blocks_by_stream, check_blocks, select
+from attnres_compile.stream_plans import (
+    common_path,
+    ordinals_by_owner_call,
+    owner_calls,
+    plan_stream,
+    unusable,
 )
-from attnres_compile.stream_plans import ordinals_by_owner_call, owner_calls, plan_stream, unusable
 
 Owners = dict[int, ModuleCall]
 """The call of the module that holds the parameters of each stream, by the stream's id."""
@@ -117,22 +118,40 @@ def plan_of_graph(
     analysis = find_streams(graph)
     refusals = list(analysis.refusals)
     found: list[tuple[ResidualStream, int]] = []
+    refused: list[tuple[ResidualStream, Refusal]] = []
     for stream in analysis.streams:
         channel = channel_dimension(stream)
         refusal = unusable(stream, channel, view.memory)
         if refusal is None and channel is not None:
             found.append((stream, channel))
         elif refusal is not None:
-            refusals.append(refusal)
+            refused.append((stream, refusal))
     owners = owners_of(analysis.streams, view)
     ordinals = ordinals_by_owner_call(analysis.streams, owners)
-    planned = [plan_stream(s, c, owners[id(s)].path, ordinals, config) for s, c in found]
-    named = _named_apart(_first_calls(planned))
-    streams = _selected(named, config)
-    _check_depth(streams, config)
-    left_out = [stream for stream in named if stream not in streams]
-    refusals += [_left_out(addition) for stream in left_out for addition in stream.additions]
-    return ConversionPlan(name, config, tuple(streams), tuple(refusals), size)
+    keys = [_call_key(stream, owners, ordinals) for stream, _ in found]
+    first = _first_calls(keys, found)
+    names = _stream_names([stream for stream, _ in first])
+    options = dict(zip(names, blocks_by_stream(names, config), strict=True))
+    planned = [
+        plan_stream(s, c, name, owners[id(s)].path, ordinals, options[name])
+        for (s, c), name in zip(first, names, strict=True)
+    ]
+    paths: SitePaths = {}
+    if config.sites is not None:
+        paths = {n: locate_sites(view, s) for (s, _), n in zip(first, names, strict=True)}
+    streams, left_out = select(_with_sites_apart(planned), paths, config)
+    check_blocks(streams, options)
+    kept = {stream.name: stream for stream in streams}
+    name_of = dict(zip(dict.fromkeys(keys), names, strict=True))
+    called = [(stream, name_of[key]) for (stream, _), key in zip(found, keys, strict=True)]
+    converted = [(stream, kept[name]) for stream, name in called if name in kept]
+    unwanted = [(stream, left_out[name][0]) for stream, name in called if name in left_out]
+    explanations = explain_plan(view, converted, [*refused, *unwanted], refusals)
+    refusals += [refusal for _, refusal in refused]
+    refusals += [refusal for of_stream in left_out.values() for refusal in of_stream]
+    return ConversionPlan(
+        name, config, tuple(streams), tuple(refusals), size, explanations=explanations
+    )
 
 
 def check_call(args: object, kwargs: object, config: object) -> None:
@@ -183,31 +202,50 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def _first_calls(streams: list[PlannedStream]) -> list[PlannedStream]:
+CallKey = tuple[str, tuple[tuple[str, int], ...]]
+
+
+def _call_key(
+    stream: ResidualStream, owners: Mapping[int, ModuleCall], ordinals: Mapping[fx.Node, int]
+) -> CallKey:
+    """The same for the streams of all calls of one owner."""
+    identities = tuple((module_path(a.node), ordinals[a.node]) for a in stream.additions)
+    return owners[id(stream)].path, identities
+
+
+def _first_calls(
+    keys: list[CallKey], streams: list[tuple[ResidualStream, int]]
+) -> list[tuple[ResidualStream, int]]:
     """An owner that is called several times runs one stream each time; it is planned once."""
-    seen: dict[tuple[str, tuple[tuple[str, int], ...]], PlannedStream] = {}
-    for stream in streams:
-        key = (stream.owner, tuple((a.module_path, a.ordinal) for a in stream.additions))
-        seen.setdefault(key, stream)
-    return list(seen.values())
+    first: dict[CallKey, tuple[ResidualStream, int]] = {}
+    for key, stream in zip(keys, streams, strict=True):
+        first.setdefault(key, stream)
+    return list(first.values())
 
 
-def _named_apart(streams: list[PlannedStream]) -> list[PlannedStream]:
-    """Distinct names for streams of one module, and for the sites of one owner."""
+def _stream_names(streams: list[ResidualStream]) -> list[str]:
+    """Distinct names: the path that all the additions go through, numbered where two have one."""
     taken: Counter[str] = Counter()
-    sites_taken: dict[str, Counter[str]] = defaultdict(Counter)
+    names = []
+    for stream in streams:
+        path = common_path([module_path(addition.node) for addition in stream.additions])
+        taken[path] += 1
+        name = path or "stream"
+        names.append(name if taken[path] == 1 else f"{name}#{taken[path]}")
+    return names
+
+
+def _with_sites_apart(streams: list[PlannedStream]) -> list[PlannedStream]:
+    """Distinct names for the sites of one owner."""
+    taken: dict[str, Counter[str]] = defaultdict(Counter)
     named = []
     for stream in streams:
-        taken[stream.name] += 1
-        name = stream.name or "stream"
-        if taken[stream.name] > 1:
-            name = f"{name}#{taken[stream.name]}"
         sites = []
         for site in stream.sites:
-            sites_taken[stream.owner][site.name] += 1
-            count = sites_taken[stream.owner][site.name]
+            taken[stream.owner][site.name] += 1
+            count = taken[stream.owner][site.name]
             sites.append(site if count == 1 else _renamed(site, f"{site.name}_s{count}"))
-        named.append(dataclasses.replace(stream, name=name, sites=tuple(sites)))
+        named.append(dataclasses.replace(stream, sites=tuple(sites)))
     return named
 
 
@@ -221,42 +259,3 @@ def _renamed(site: Site, name: str) -> Site:
     return dataclasses.replace(
         site, name=name, query_name=moved(site.query_name), gain_name=moved(site.gain_name)
     )
-
-
-def _selected(streams: list[PlannedStream], config: AttnResConfig) -> list[PlannedStream]:
-    if config.streams is None:
-        return streams
-    names = [stream.name for stream in streams]
-    for pattern in config.streams:
-        if not any(_matches(name, pattern.removeprefix("!")) for name in names):
-            raise ConfigError(
-                f"streams={pattern!r} matches no residual stream of this model; it has: "
-                f"{', '.join(names) or 'none'}."
-            )
-    wanted = [p for p in config.streams if not p.startswith("!")]
-    unwanted = [p[1:] for p in config.streams if p.startswith("!")]
-    return [
-        stream
-        for stream in streams
-        if (not wanted or any(_matches(stream.name, p) for p in wanted))
-        and not any(_matches(stream.name, p) for p in unwanted)
-    ]
-
-
-def _left_out(addition: PlannedAddition) -> Refusal:
-    reason = "left out by the option streams"
-    return Refusal("left-out", reason, addition.module_path, addition.source)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
-
-
-def _check_depth(streams: list[PlannedStream], config: AttnResConfig) -> None:
-    deepest = max((len(stream.sublayers) for stream in streams), default=0)
-    asked = config.num_blocks
-    if streams and isinstance(asked, int) and asked > deepest:
-        raise ConfigError(
-            f"num_blocks={asked} is more than the {deepest} sublayers of the model's deepest "
-            f"stream; ask for at most {deepest}, or for 'full'."
-        )

@@ -11,11 +11,14 @@ from attnres_compile.call_shapes import CallShapes
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import NothingToConvertError
 from attnres_compile.passes.classify_readers import Reader
+from attnres_compile.passes.explain_additions import Explanation
 from attnres_compile.passes.rewrite_residuals import MixLayout
 from attnres_compile.passes.streams import Refusal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from attnres_compile.explaining import Why
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Site:
         name: what it stands before, unique in its owner.
         depth: how many residual additions precede the read; 0 is the root.
         state: its position among the stream's states, absorbed additions counted too.
-        num_sources: what it attends over; 1 for the root, which is read as it is.
+        num_sources: what it attends over; 1 for the root and for a site that the options leave
+            out, which are read as they are.
         module_path: path of the first module that reads it.
         readers: who reads it, and whether they see its scale.
         query_name, gain_name: names among the converted model's parameters; None without one.
@@ -63,6 +67,11 @@ class Site:
     readers: tuple[Reader, ...]
     query_name: str | None
     gain_name: str | None
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the options leave it out: its readers get the plain residual sum."""
+        return self.state > 0 and self.query_name is None
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ class ConversionPlan:
         base_parameters: how many parameters the model has without the new ones.
         inputs: shapes of the example inputs, from `describe_call`; None where they were inferred
             or have no such description.
+        explanations: of every addition of the model, for `why`; not written to files.
     """
 
     model: str
@@ -160,6 +170,7 @@ class ConversionPlan:
     refusals: tuple[Refusal, ...]
     base_parameters: int
     inputs: CallShapes | None = field(default=None, compare=False, repr=False)
+    explanations: tuple[Explanation, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def num_residual_additions(self) -> int:
@@ -173,7 +184,30 @@ class ConversionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a dictionary of JSON values."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(dataclasses.replace(self, explanations=()))
+        del data["explanations"]
+        for refusal in data["refusals"]:
+            del refusal["node"]  # a name in a graph that nobody else has
+        return {**data, "config": self.config.to_json()}
+
+    def why(self, path: str = "") -> Why:
+        """What the additions under a module path are, or which rule says that one is none.
+
+        Args:
+            path: as ``model.layers.3``, or a pattern as in ``AttnResConfig.sites``; all without.
+
+        Raises:
+            InputError: no addition was traced there, or the plan was read from a file.
+
+        Example:
+            >>> import attnres_compile, torchvision
+            >>> print(attnres_compile.plan(torchvision.models.resnet18()).why("layer1.0"))
+            layer1.0, resnet.py:102: refused [post-activation]: post-activation: the carrier \
+passes an activation between residual additions, so block sums do not add up to it
+        """
+        from attnres_compile.explaining import select_explanations
+
+        return select_explanations(self.explanations, path)
 
     def require_streams(self) -> None:
         """Raises NothingToConvertError, with its reasons, for a plan without streams."""

@@ -158,12 +158,17 @@ def _stream_facts(stream: PlannedStream, plan: ConversionPlan) -> list[tuple[str
         ("depth", _depth(stream)),
         ("width", f"{stream.width:,} channels in {dimension}, {stream.dtype}"),
         ("blocks", _blocks(stream)),
-        ("sites", f"{len(stream.sites)}, {queries} of them with {kinds}"),
+        ("sites", f"{len(stream.sites)}, {queries} of them with {kinds}{_left_out(stream)}"),
         ("new parameters", f"{stream.num_parameters:,}"),
         ("inference memory", f"{_inference_bytes(stream):,} more bytes per token in flight"),
         ("training memory", f"{_training_bytes(stream):,} more bytes per token kept for backward"),
         ("readers", _readers(stream, plan)),
     ]
+
+
+def _left_out(stream: PlannedStream) -> str:
+    count = sum(site.left_out for site in stream.sites)
+    return f", {count} left out (they read the plain residual sum)" if count else ""
 
 
 def _depth(stream: PlannedStream) -> str:

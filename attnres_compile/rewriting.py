@@ -201,9 +201,10 @@ def _matched(
 
 def _check_sites(stream: ResidualStream, layout: StreamLayout) -> None:
     found = {i for i, state in enumerate(stream.states) if state.reads and i > 0}
-    if found == set(layout.sites):
+    planned = {*layout.sites, *layout.left_out}
+    if found == planned:
         return
-    state = stream.states[min(found ^ set(layout.sites))]
+    state = stream.states[min(found ^ planned)]
     raise MismatchError(
         f"stream {layout.name!r} is read at other depths here than in the plan (first at depth "
         f"{state.depth}, in {module_path(state.node) or 'the owner'}); plan it with example "

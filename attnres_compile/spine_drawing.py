@@ -104,7 +104,7 @@ def rows(stream: PlannedStream) -> list[Row]:
 
 def _columns(stream: PlannedStream, site: Site | None, block: int) -> tuple[int, ...]:
     """The columns of a site's sources; the partial sum is that of the present block."""
-    if site is None:
+    if site is None or site.left_out:
         return ()
     labels = source_labels(stream, site) if site.num_sources > 1 else ("root",)
     numbers = {"root": 0, "partial": block}
@@ -251,7 +251,8 @@ def _stream_dot(stream: PlannedStream, prefix: str) -> Iterator[str]:
 def _reader(row: Row) -> str:
     if row.site is None:
         return "(not read)"
-    return row.site.module_path or "the model's output"
+    reader = row.site.module_path or "the model's output"
+    return f"{reader} (left out)" if row.site.left_out else reader
 
 
 def _quoted(text: str) -> str:

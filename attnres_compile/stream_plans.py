@@ -72,11 +72,11 @@ def unusable(
 def plan_stream(
     stream: ResidualStream,
     channel: int,
+    name: str,
     owner: str,
     ordinals: dict[fx.Node, int],
     config: AttnResConfig,
 ) -> PlannedStream:
-    paths = [module_path(addition.node) for addition in stream.additions]
     layers = layers_of([module_path(sublayer[0].node) for sublayer in stream.sublayers])
     sublayers = [
         Sublayer(tuple(_planned_addition(a.node, ordinals) for a in sublayer), layer)
@@ -85,7 +85,7 @@ def plan_stream(
     lengths = partition_blocks(layers, config)
     blocks = _grouped(sublayers, lengths)
     return PlannedStream(
-        name=common_path(paths),
+        name=name,
         owner=owner,
         root=_describe_root(stream),
         blocks=blocks,

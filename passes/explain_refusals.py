@@ -258,4 +258,4 @@ def _multiplies_by_statistic(node: fx.Node) -> bool:
 
 
 def _refusal(node: fx.Node, kind: str) -> Refusal:
-    return Refusal(kind, _REASONS[kind], module_path(node), source_line(node))
+    return Refusal(kind, _REASONS[kind], module_path(node), source_line(node), node.name)

@@ -271,4 +271,5 @@ def _overwritten_refusal(addition: Addition, written: fx.Node) -> Refusal:
         "operation out of place",
         module_path(addition.node),
         source_line(addition.node),
+        addition.node.name,
     )

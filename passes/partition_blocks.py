@@ -61,6 +61,7 @@ def _number_of_blocks(sublayers: int, config: AttnResConfig) -> int:
         return sublayers
     if config.num_blocks == "auto":
         return min(AUTO_BLOCKS, sublayers)
+    assert isinstance(config.num_blocks, int), "a mapping is resolved per stream before"
     return min(config.num_blocks, sublayers)
 
 

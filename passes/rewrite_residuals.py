@@ -46,7 +46,10 @@ class MixLayout:
 
 
 SiteParameters = Mapping[int, tuple[fx.Node, fx.Node | None]]
-"""Query and key gain of each site, by its position among the stream's states."""
+"""Query and key gain of each site, by its position among the stream's states.
+
+A site that is missing was left out by the user: its readers get the plain residual sum.
+"""
 
 
 def rewrite_residuals(
@@ -67,12 +70,16 @@ def rewrite_residuals(
     mixes = [writer.advance(n, state) for n, state in enumerate(stream.states[1:], start=1)]
     _erase_dead(graph, [state.node for state in stream.states[1:]])
     for state, mixed in zip(stream.states[1:], mixes, strict=True):
-        if mixed is not None and not mixed.users:
+        if mixed is not None and not mixed.users.keys() - writer.plain_sums:
             raise _unread(state)
 
 
 class _StreamWriter:
-    """The sources of a stream, while its states are rewritten one after the other."""
+    """The sources of a stream, while its states are rewritten one after the other.
+
+    Attributes:
+        plain_sums: nodes of the plain residual sum, for the sites that were left out.
+    """
 
     def __init__(
         self,
@@ -90,6 +97,9 @@ class _StreamWriter:
         self._root = first.skip
         self._completed: list[fx.Node] = []
         self._partial: fx.Node | None = None
+        self._plain = self._root
+        self._not_in_plain: list[fx.Node] = []
+        self.plain_sums: set[fx.Node] = set()
         self._seals = _cumulative(layout.block_sublayers)
         self._sublayers = 0
         self._open_additions = 0
@@ -101,6 +111,7 @@ class _StreamWriter:
             edit = Editor(self._graph, state.node)
             branch = self._branch(edit, state.addition)
             self._partial = branch if self._partial is None else edit.add(self._partial, branch)
+            self._not_in_plain.append(branch)
             self._open_additions += int(state.addition.is_residual)
             if not state.reads:
                 # Who asks for its shape or dtype only may ask the skip as well.
@@ -108,7 +119,8 @@ class _StreamWriter:
                 state.node.replace_all_uses_with(skip)
                 return None
             self._complete_sublayer()
-            mixed = self._mix(edit, position, state)
+            chosen = position in self._parameters
+            mixed = self._mix(edit, position, state) if chosen else self._sum(edit, state)
             state.node.replace_all_uses_with(mixed)
             return mixed
 
@@ -147,11 +159,23 @@ class _StreamWriter:
             self._layout.sums,
             self._layout.channel_dim,
         )
-        mixed = edit.call(operator.getitem, outputs, 0)
-        if shape_of(mixed) != shape_of(state.node):
-            assert state.addition is not None
-            mixed = edit.call(aten.reshape_as.default, mixed, state.addition.skip)
-        return mixed
+        return _in_layout_of(edit, edit.call(operator.getitem, outputs, 0), state)
+
+    def _sum(self, edit: Editor, state: State) -> fx.Node:
+        """The plain residual sum, branch by branch: rounded as the unconverted model rounds it."""
+        for branch in self._not_in_plain:
+            self._plain = edit.add(self._plain, branch)
+            self.plain_sums.add(self._plain)
+        self._not_in_plain = []
+        return _in_layout_of(edit, self._plain, state)
+
+
+def _in_layout_of(edit: Editor, value: fx.Node, state: State) -> fx.Node:
+    """A value in the root's shape, in the shape that the readers of a state expect."""
+    if shape_of(value) == shape_of(state.node):
+        return value
+    assert state.addition is not None
+    return edit.call(aten.reshape_as.default, value, state.addition.skip)
 
 
 def _branch_operand(edit: Editor, addition: Addition) -> fx.Node:

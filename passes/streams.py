@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -86,12 +86,14 @@ class Refusal:
         reason: one sentence for a person.
         module_path: the module the addition was traced in.
         source: its source line, ``file.py:123``.
+        node: its name in the graph; empty where the refusal is of more than one addition.
     """
 
     kind: str
     reason: str
     module_path: str
     source: str
+    node: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class Mixing:
     block_sublayers: int | None = None
     aggregate: Aggregate = "sum"
     eps: float = 1e-6
+    left_out: frozenset[SiteKey] = frozenset()  # these read x_k as the plain model has it
 
     def block_sizes(self, stream: OracleStream) -> list[int]:
         """The number of sublayers in each block of this stream."""
@@ -137,6 +138,8 @@ class BlockMixer:
         key = (self.stream.name, self.depth)
         if len(sources) == 1:
             mixed = sources[0]
+        elif key in self.mixing.left_out:
+            mixed = self._ordinary_sum
         else:
             mixed = mix(
                 sources,

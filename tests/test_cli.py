@@ -240,6 +240,7 @@ def test_the_written_options_can_be_read_again(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--num-blocks", "full", "--no-key-gain", "--eps", "1e-4", "--streams", "layers"]
+    options += ["--sites", "layers[1:]", "!norm"]
     said(capsys, "convert", home / "plain.pt", tmp_path / "a.pt", *MODEL, *options, "-q")
     read = read_config(tmp_path / "a.attnres.toml")
     assert read == {
@@ -248,7 +249,19 @@ def test_the_written_options_can_be_read_again(
         "key_gain": False,
         "eps": 1e-4,
         "streams": ["layers"],
+        "sites": ["layers[1:]", "!norm"],
     }
+
+
+def test_blocks_by_stream(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("plan", home / "plain.pt", *MODEL, "--json", "--num-blocks")
+    assert json.loads(said(capsys, *argv, "layers=2,*=full")[1])["config"]["num_blocks"] == {
+        "layers": 2,
+        "*": "full",
+    }
+    code, _, err = said(capsys, *argv, "layers=2,layer=3")
+    assert code == 2
+    assert "num_blocks='layer' matches no residual stream" in err
 
 
 def test_inputs_from_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +329,7 @@ def test_a_pickled_module_only_when_allowed(
 
 
 FLAGS = {
-    "plan": "graph overwrite",
+    "plan": "graph why overwrite",
     "convert": "names copy defer-hashes dry-run overwrite",
     "verify": "no-float64 files",
     "inspect": "depth-attention overwrite",
@@ -325,7 +338,7 @@ FLAGS = {
     "env": "",
     "completion": "",
 }
-CONFIG = "config num-blocks block-sublayers aggregate key-gain no-key-gain eps streams"
+CONFIG = "config num-blocks block-sublayers aggregate key-gain no-key-gain eps streams sites"
 SOURCE = "model model-args inputs input-shape seed"
 DANGEROUS = "allow-pickle trust-remote-code"
 COMMON = "help json no-color verbose quiet"

@@ -24,6 +24,7 @@ def test_defaults() -> None:
         "key_gain": True,
         "eps": 1e-6,
         "streams": None,
+        "sites": None,
     }
     assert json.loads(json.dumps(config.to_json())) == config.to_json()
 
@@ -87,6 +88,32 @@ ERRORS = [
     ({"streams": (1,)}, "streams takes a tuple of patterns, not (1,)."),
     ({"streams": 3}, "streams takes a tuple of patterns, not 3."),
     ({"streams": ()}, "streams=() converts nothing; leave it out to convert every stream."),
+    ({"sites": "norm"}, "sites takes a tuple of patterns; write sites=('norm',)."),
+    ({"sites": ()}, "sites=() converts nothing; leave it out to convert every site."),
+    ({"sites": {"a": 1}}, "sites takes a tuple of patterns, not {'a': 1}."),
+    (
+        {"num_blocks": {}},
+        "num_blocks={} should map patterns over streams to numbers, as in {'encoder': 4, "
+        "'decoder': 'full'}.",
+    ),
+    (
+        {"num_blocks": {1: 2}},
+        "num_blocks={1: 2} should map patterns over streams to numbers, as in {'encoder': 4, "
+        "'decoder': 'full'}.",
+    ),
+    (
+        {"num_blocks": {"a": 0}},
+        "num_blocks must be 'auto', 'full' or a positive integer, not 0.",
+    ),
+    (
+        {"num_blocks": {"!a": 2}},
+        "num_blocks gives no number to all but 'a'; name them.",
+    ),
+    (
+        {"num_blocks": {"a": 3}, "block_sublayers": 2},
+        "num_blocks={'a': 3} and block_sublayers=2 both say how long a block is; set only one of "
+        "them.",
+    ),
 ]
 
 

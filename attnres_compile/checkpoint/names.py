@@ -216,6 +216,12 @@ def _expressible(plan: ConversionPlan, naming: Naming) -> PlannedStream:
             f"{len(plan.streams)}; convert one of them with streams=(...)."
         )
     (stream,) = plan.streams
+    left_out = next((site for site in stream.sites if site.left_out), None)
+    if left_out is not None:
+        raise ConfigError(
+            f"{naming.title} models have a mix at every site, and this conversion leaves out "
+            f"{left_out.name}; convert without sites=(...), or save it with native names."
+        )
     depths = [site.depth for site in stream.sites]
     regular = len(stream.sublayers) == 2 * stream.num_layers and depths == list(
         range(len(stream.sublayers) + 1)

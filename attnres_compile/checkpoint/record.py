@@ -164,8 +164,15 @@ def as_toml(config: AttnResConfig) -> str:
         >>> print(as_toml(AttnResConfig(num_blocks=4)).splitlines()[1])
         num_blocks = 4
     """
-    lines = [f"{k} = {json.dumps(v)}\n" for k, v in config.to_json().items() if v is not None]
+    lines = [f"{k} = {_toml(v)}\n" for k, v in config.to_json().items() if v is not None]
     return "# the options of this conversion, for --config\n" + "".join(lines)
+
+
+def _toml(value: object) -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    pairs = (f"{json.dumps(key)} = {json.dumps(each)}" for key, each in value.items())
+    return f"{{ {', '.join(pairs)} }}"
 
 
 def parse_json(text: str | bytes, what: str) -> Any:

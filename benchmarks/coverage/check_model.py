@@ -1,0 +1,236 @@
+"""One model through the whole of a conversion: plan, convert, verify, strip, one optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import attnres_compile
+import tiny_transformers
+import tiny_vision
+from attnres_compile.capture import capture
+from attnres_compile.comparing import compare, run
+from attnres_compile.config import AttnResConfig
+from attnres_compile.errors import CaptureError
+from attnres_compile.planning import plan_of_capture
+from attnres_compile.plans import ConversionPlan
+from attnres_compile.verification import tolerance
+
+STATUSES = ("converted", "refused", "capture failed", "wrong", "not built", "out of time")
+
+
+@dataclass
+class Result:
+    """What became of one model.
+
+    Attributes:
+        model, library, family: ``LlamaModel``, ``transformers``, ``llama``.
+        status: one of `STATUSES`. ``wrong`` is a bug: a difference, or an error on the way.
+        detail: the cause, in one sentence, where it was not converted; else the recipe.
+        refusals: by kind, how many additions were refused; also beside streams that convert.
+        reasons: by kind, the sentence and place of the first of them.
+        seconds: of each step that ran.
+    """
+
+    model: str
+    library: str
+    family: str
+    status: str = "not built"
+    detail: str = ""
+    refusals: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    streams: int = 0
+    additions: int = 0
+    sites: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+Built = tuple[nn.Module, dict[str, Any], str]
+
+
+def builder(library: str, name: str) -> tuple[str, Callable[[], Built]]:
+    """The family of a model, and what makes it."""
+    if library == "transformers":
+        return tiny_transformers.family_of(name), lambda: tiny_transformers.build(name)
+    if library == "timm":
+        return name, lambda: tiny_vision.build_timm(name)
+    if library == "torchvision":
+        kind = tiny_vision.torchvision_models()[name]
+        return kind, lambda: tiny_vision.build_torchvision(name)
+    raise ValueError(f"no library {library!r}")
+
+
+def check(library: str, name: str) -> Result:
+    """Builds a model and takes it through a conversion; never raises for what the model does."""
+    family, make = builder(library, name)
+    result = Result(name, library, family)
+    try:
+        with _timed(result, "build"):
+            model, kwargs, result.detail = make()
+            _perturb(model)
+    except Exception as error:
+        result.detail = _sentence(error)
+        return result
+    step = "capture"
+    try:
+        for step, act in _steps(model, kwargs, result):
+            with _timed(result, step):
+                act()
+    except CaptureError as error:
+        result.status = "capture failed" if step == "capture" else "wrong"
+        result.detail = f"{step}: {_sentence(error)}"
+    except _Refused as refused:
+        result.status, result.detail = "refused", str(refused)
+    except Exception as error:
+        result.status, result.detail = "wrong", f"{step}: {type(error).__name__}: {error}"[:600]
+    else:
+        result.status = "converted"
+    return result
+
+
+class _Refused(Exception):  # noqa: N818  an outcome
+    """The plan has no stream."""
+
+
+def _steps(
+    model: nn.Module, kwargs: dict[str, Any], result: Result
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The steps in order; each uses what the ones before it left in `found`."""
+    found: dict[str, Any] = {}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def capturing() -> None:
+        found["captured"] = capture(model, (), kwargs)
+
+    def planning() -> None:
+        found["plan"] = plan_of_capture(found.pop("captured"), model, AttnResConfig())
+
+    def reading() -> None:
+        _read_plan(found["plan"], result)
+
+    def converting() -> None:
+        found["converted"] = attnres_compile.convert(
+            copy.deepcopy(model), (), kwargs, plan=found["plan"]
+        )
+
+    def verifying() -> None:
+        # In one dtype and without a copy, so that the gradients serve the optimizer's step too.
+        expected = run(copy.deepcopy(model), (), kwargs)
+        allowed = tolerance(torch.float32, result.sites)
+        actual = run(found["converted"], (), kwargs)
+        if not all(c.passed for c in compare(expected, actual, torch.float32, allowed)):
+            _check_in_float64(model, found["converted"], kwargs)
+        if not expected.outputs:
+            raise AssertionError("verify: the model returned no tensor")
+
+    def stripping() -> None:
+        _check_same(attnres_compile.strip(found["converted"]).state_dict(), before)
+
+    def stepping() -> None:
+        _take_a_step(found["converted"])
+
+    yield from (
+        ("capture", capturing),
+        ("plan", planning),
+        ("refusals", reading),
+        ("convert", converting),
+        ("verify", verifying),
+        ("strip", stripping),
+        ("step", stepping),
+    )
+
+
+def _read_plan(plan: ConversionPlan, result: Result) -> None:
+    kinds = Counter(refusal.kind for refusal in plan.refusals)
+    result.refusals = dict(kinds)
+    for each in plan.refusals:
+        place = f"{each.module_path or 'the model itself'}, {each.source}"
+        result.reasons.setdefault(each.kind, f"{each.reason} ({place})")
+    result.streams = len(plan.streams)
+    result.additions = plan.num_residual_additions
+    result.sites = sum(len(stream.sites) for stream in plan.streams)
+    if not plan.streams:
+        raise _Refused(plan.explain_refusals() or "no residual addition found")
+
+
+def _check_in_float64(model: nn.Module, converted: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Where float32 does not settle it: a model may amplify roundings, a wrong result stays."""
+    report = attnres_compile.verify(model, converted, (), kwargs)
+    exact = [each for each in report.comparisons if each.dtype == "float64"]
+    judged = exact or list(report.comparisons)
+    failed = [each for each in judged if not each.passed]
+    if failed:
+        worst = max(failed, key=lambda c: math.inf if math.isnan(c.relative) else c.relative)
+        raise AssertionError(
+            f"{len(failed)} of {len(judged)} differ, worst {worst.kind} {worst.name} by "
+            f"{worst.relative:.1e} in {worst.dtype}"
+        )
+
+
+def _check_same(stripped: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    if stripped.keys() != before.keys():
+        raise AssertionError(f"strip: other names, {sorted(stripped.keys() ^ before.keys())[:3]}")
+    for name, tensor in before.items():
+        if not torch.equal(stripped[name].view(-1), tensor.view(-1)) and not _both_nan(
+            stripped[name], tensor
+        ):
+            raise AssertionError(f"strip: {name} differs")
+
+
+def _both_nan(left: Tensor, right: Tensor) -> bool:
+    return bool(torch.equal(torch.nan_to_num(left), torch.nan_to_num(right)))
+
+
+def _take_a_step(converted: Any) -> None:
+    """SGD on all parameters: every query and gain has a finite gradient, and queries move."""
+    sites = [site for stream in converted.plan.streams for site in stream.sites]
+    names = [site.query_name for site in sites if site.query_name is not None]
+    parameters = dict(converted.named_parameters())
+    for name in names:
+        gradient = parameters[name].grad
+        if gradient is None or not bool(torch.isfinite(gradient).all()):
+            raise AssertionError(f"no finite gradient of {name}")
+    torch.optim.SGD(converted.parameters(), lr=1e-3).step()
+    if not any(bool(parameters[name].any()) for name in names):
+        raise AssertionError("no query has moved")
+
+
+def _perturb(model: nn.Module) -> None:
+    """Noise on every parameter: layer scales of 1e-6 and zero gates would hide a wrong branch."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 16
+                parameter += torch.randn_like(parameter) * (0.3 / math.sqrt(max(fan_in, 1)))
+
+
+@contextlib.contextmanager
+def _timed(result: Result, step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        result.seconds[step] = round(time.perf_counter() - start, 3)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    told = isinstance(error, CaptureError | ValueError)
+    return (text if told else f"{type(error).__name__}: {text}")[:500]

@@ -1,0 +1,216 @@
+"""The sweep over model libraries: its builder, what it calls a failure, its tables, and a sample.
+
+The whole sweep is ``python benchmarks/coverage/sweep.py``; its results are in docs/coverage.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CLIPConfig, LlamaConfig, SwinConfig
+
+import check_model
+import sweep
+import tiny_transformers
+import tiny_vision
+from report import report
+
+
+def test_architectures_are_read_from_the_library() -> None:
+    found = tiny_transformers.architectures()
+    assert len(found) > 1000
+    assert found["LlamaForCausalLM"] == "transformers.models.llama.modeling_llama"
+    assert tiny_transformers.family_of("T5Model") == "t5"
+    assert "LlamaPreTrainedModel" not in found
+    assert "LlamaConfig" not in found
+    assert hasattr(transformers, "LlamaForCausalLM")
+
+
+def test_the_main_class_of_each_family() -> None:
+    main = sweep.main_architectures()
+    families = [tiny_transformers.family_of(name) for name in main]
+    assert len(families) == len(set(families)) > 400
+    assert {"LlamaModel", "BertModel", "T5Model", "ViTModel"} <= set(main)
+
+
+def test_a_tiny_config() -> None:
+    small = dict(tiny_transformers.RECIPES)["tiny"]
+    config = tiny_transformers.tiny_config(LlamaConfig, small)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (32, 64, 2)
+    assert (config.num_attention_heads, config.vocab_size) == (4, 96)
+    assert config.rms_norm_eps == LlamaConfig().rms_norm_eps
+    shallow = dict(tiny_transformers.RECIPES)["shallow"]
+    config = tiny_transformers.tiny_config(LlamaConfig, shallow)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (4096, 2, 96)
+
+
+def test_a_tiny_config_of_parts_and_lists() -> None:
+    small = dict(tiny_transformers.RECIPES)["tiny"]
+    config = tiny_transformers.tiny_config(CLIPConfig, small)
+    assert (config.text_config.hidden_size, config.vision_config.image_size) == (32, 32)
+    # a pad token beyond a vocabulary of 96 would be outside of the embedding
+    assert max(config.text_config.bos_token_id, config.text_config.eos_token_id) < 96
+    assert SwinConfig().num_heads == [3, 6, 12, 24]
+    config = tiny_transformers.tiny_config(SwinConfig, small)
+    assert config.num_heads == [1, 1, 2, 4]  # of at most 4, in proportion
+    assert (config.depths, config.embed_dim) == (SwinConfig().depths, 32)
+
+
+def test_what_cannot_be_built_says_why() -> None:
+    with pytest.raises(ValueError, match="it has no forward"):
+        tiny_transformers.build("BarkModel")
+    result = check_model.check("transformers", "BarkModel")
+    assert (result.status, "capture" in result.seconds) == ("not built", False)
+
+
+class Chain(nn.Module):
+    """Two sublayers; `breaks` makes it untraceable, `plain` leaves out its residual additions."""
+
+    def __init__(self, *, breaks: bool = False, plain: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.breaks, self.plain = breaks, plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.plain else x + layer(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return x.tanh()
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, **options: bool) -> check_model.Result:
+    def builder(library: str, name: str) -> Any:
+        return "chains", lambda: (Chain(**options).eval(), {"x": torch.randn(3, 4)}, "by hand")
+
+    monkeypatch.setattr(check_model, "builder", builder)
+    return check_model.check("tests", "Chain")
+
+
+def test_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = checked(monkeypatch)
+    assert (result.status, result.detail) == ("converted", "by hand")
+    assert (result.streams, result.additions, result.sites) == (1, 2, 3)
+    steps = ["build", "capture", "plan", "refusals", "convert", "verify", "strip", "step"]
+    assert list(result.seconds) == steps
+    assert json.loads(json.dumps(result.to_json()))["family"] == "chains"
+
+
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = checked(monkeypatch, plain=True)
+    assert (result.status, result.detail) == ("refused", "no residual addition found")
+    assert "convert" not in result.seconds
+
+
+def test_capture_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = checked(monkeypatch, breaks=True)
+    assert result.status == "capture failed"
+    assert "could not be captured as one graph" in result.detail
+
+
+def wrongly(change: Any) -> Any:
+    convert = check_model.attnres_compile.convert
+
+    def converting(*args: Any, **kwargs: Any) -> Any:
+        converted = convert(*args, **kwargs)
+        with torch.no_grad():
+            change(converted)
+        return converted
+
+    return converting
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (lambda m: m.layers[1].bias.add_(1e-3), "verify: AssertionError: "),
+        (lambda m: m.attnres.before_tanh.query.add_(0.1), "verify: AssertionError: "),
+        (
+            lambda m: m.attnres.before_tanh.query.requires_grad_(False),
+            "step: AssertionError: no finite gradient of attnres.before_tanh.query",
+        ),
+        (
+            lambda m: m.register_buffer("extra", torch.zeros(1)),
+            "strip: AssertionError: other names, ['extra']",
+        ),
+    ],
+)
+def test_wrong(monkeypatch: pytest.MonkeyPatch, change: Any, detail: str) -> None:
+    monkeypatch.setattr(check_model.attnres_compile, "convert", wrongly(change))
+    result = checked(monkeypatch)
+    assert result.status == "wrong"
+    assert result.detail.startswith(detail)
+
+
+def test_stripped_weights_are_compared_bit_for_bit() -> None:
+    before = Chain().state_dict()
+    check_model._check_same(copy.deepcopy(before), before)
+    other = copy.deepcopy(before)
+    other["layers.0.bias"].view(-1)[0] += 1e-7
+    with pytest.raises(AssertionError, match=r"layers\.0\.bias differs"):
+        check_model._check_same(other, before)
+
+
+def line(model: str, status: str, **other: Any) -> dict[str, Any]:
+    result = check_model.Result(model, "transformers", model.lower(), status, **other)
+    return result.to_json()
+
+
+def test_results_are_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert sweep.read_results(path) == []
+    lines = [line("A", "wrong"), line("B", "converted"), line("A", "converted")]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    found = sweep.read_results(path)
+    assert [(each["model"], each["status"]) for each in found] == [
+        ("A", "converted"),
+        ("B", "converted"),
+    ]
+
+
+def test_the_tables() -> None:
+    seconds = {"capture": 2.0, "plan": 0.5}
+    page = report(
+        [
+            line("A", "converted", additions=6, seconds=seconds),
+            line("B", "refused", refusals={"post-norm": 4}, reasons={"post-norm": "the norm (x)"}),
+            line("C", "capture failed", detail="a graph | break"),
+            line("D", "converted", additions=2),
+        ],
+        "the command",
+    )
+    assert "| transformers | 2 | 1 | 1 | 0 | 0 | 0 | 67% |" in page
+    assert "A (6), D (2)." in page
+    assert "| b | B | refused | 4 x post-norm |" in page
+    assert "| c | C | capture failed | a graph \\| break |" in page
+    assert "| post-norm | 1 | B: the norm (x) |" in page
+    assert "| A | 2.00 | 0.50 | 0.25 |" in page
+
+
+def test_timm_and_torchvision() -> None:
+    assert {"convnext", "vision_transformer", "resnet"} <= set(tiny_vision.timm_models())
+    kinds = tiny_vision.torchvision_models()
+    assert kinds["resnet18"] == "classification"
+    assert kinds["fcn_resnet50"] == "segmentation"
+    assert kinds["r3d_18"] == "video"
+    assert "ssd300_vgg16" in kinds
+    model, kwargs, recipe = tiny_vision.build_timm("convnext")
+    assert (list(kwargs), kwargs["x"].shape) == (["x"], (2, 3, 64, 64))
+    assert recipe == "convnext_atto, 64 pixels"
+    assert not model.training
+
+
+@pytest.mark.slow
+def test_workers_and_their_time_limit() -> None:
+    todo = [("transformers", "BertModel"), ("transformers", "BarkModel")]
+    found = {each["model"]: each["status"] for each in sweep.sweep(todo, jobs=2, limit=300)}
+    assert found == {"BertModel": "refused", "BarkModel": "not built"}
+    (late,) = sweep.sweep(todo[:1], jobs=1, limit=0.1)
+    assert (late["status"], late["detail"]) == ("out of time", "more than 0 seconds")
