@@ -90,6 +90,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--streams", nargs="+", metavar="PATTERN", help="convert these only; '!PATTERN' leaves out"
     )
+    group.add_argument(
+        "--delta-sources",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="post-norm, post-activation and scaled streams too, by differences of states",
+    )
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

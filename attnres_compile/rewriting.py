@@ -22,6 +22,7 @@ from attnres_compile.passes.graph_values import module_path
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 from attnres_compile.passes.redirect_reads import redirect_reads
+from attnres_compile.passes.rewrite_deltas import deltas_first, rewrite_deltas
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
 from attnres_compile.passes.streams import ResidualStream
 
@@ -124,15 +125,24 @@ def _rewrite(module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Nod
         )
     if not declared:
         return 0
-    streams = find_streams(graph).streams
+    found = {
+        option: find_streams(graph, delta_sources=option).streams
+        for option in {marker.layout.delta_sources for marker in declared}
+    }
+    streams = tuple(stream for each in found.values() for stream in each)
     outermost = [m for i, m in enumerate(declared) if not any(_within(m, o) for o in declared[:i])]
-    matches = [match for marker in outermost for match in _matched(marker, streams, enter)]
+    matches = [
+        match
+        for marker in outermost
+        for match in _matched(marker, found[marker.layout.delta_sources], enter)
+    ]
     _check_no_second_call([m.node for m in declared if m not in outermost], streams, matches)
     # New nodes get example values; saved-tensor hooks of the user's are not to see these.
     with torch.no_grad():
         redirect_reads(graph, streams)
-        for match in matches:
-            rewrite_residuals(graph, match.stream, match.layout.mix, match.parameters)
+        for match in deltas_first(matches, lambda match: match.stream.deltas):
+            rewrite = rewrite_deltas if match.stream.deltas else rewrite_residuals
+            rewrite(graph, match.stream, match.layout.mix, match.parameters)
     for node in markers:
         graph.erase_node(node)
     graph.lint()

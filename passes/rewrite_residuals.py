@@ -56,7 +56,7 @@ def rewrite_residuals(
 
     Args:
         graph: the graph that `stream` was found in, with its reads redirected (`redirect_reads`).
-        stream: the states and additions to rewrite.
+        stream: the states and additions to rewrite; none of `deltas` (see `rewrite_deltas`).
         layout: blocks and the form of the mix.
         parameters: graph nodes holding query [D] and gain [D] of every site with several sources.
 
@@ -68,7 +68,7 @@ def rewrite_residuals(
     _erase_dead(graph, [state.node for state in stream.states[1:]])
     for state, mixed in zip(stream.states[1:], mixes, strict=True):
         if mixed is not None and not mixed.users:
-            raise _unread(state)
+            raise unread(state)
 
 
 class _StreamWriter:
@@ -90,7 +90,7 @@ class _StreamWriter:
         self._root = first.skip
         self._completed: list[fx.Node] = []
         self._partial: fx.Node | None = None
-        self._seals = _cumulative(layout.block_sublayers)
+        self._seals = ends_of(layout.block_sublayers)
         self._sublayers = 0
         self._open_additions = 0
 
@@ -136,22 +136,34 @@ class _StreamWriter:
         sources = [self._root, *self._completed]
         if self._partial is not None:
             sources.append(self._partial)
-        dtype = dtype_of(state.node)
-        query, gain = self._parameters[position]
-        outputs = edit.call(
-            torch.ops.attnres.mix.default,
-            [edit.cast(source, dtype) for source in sources],
-            query,
-            gain,
-            self._layout.eps,
-            self._layout.sums,
-            self._layout.channel_dim,
+        mixed = write_mix(
+            edit, sources, dtype_of(state.node), self._parameters[position], self._layout
         )
-        mixed = edit.call(operator.getitem, outputs, 0)
         if shape_of(mixed) != shape_of(state.node):
             assert state.addition is not None
             mixed = edit.call(aten.reshape_as.default, mixed, state.addition.skip)
         return mixed
+
+
+def write_mix(
+    edit: Editor,
+    sources: Sequence[fx.Node],
+    dtype: torch.dtype,
+    parameters: tuple[fx.Node, fx.Node | None],
+    layout: MixLayout,
+) -> fx.Node:
+    """The mix of a site over its sources, in the dtype of its state and the root's shape."""
+    query, gain = parameters
+    outputs = edit.call(
+        torch.ops.attnres.mix.default,
+        [edit.cast(source, dtype) for source in sources],
+        query,
+        gain,
+        layout.eps,
+        layout.sums,
+        layout.channel_dim,
+    )
+    return edit.call(operator.getitem, outputs, 0)
 
 
 def _branch_operand(edit: Editor, addition: Addition) -> fx.Node:
@@ -169,7 +181,8 @@ def _scaled(edit: Editor, branch: fx.Node, factor: float) -> fx.Node:
     return branch if factor == 1 else edit.call(aten.mul.Tensor, branch, factor)
 
 
-def _unread(state: State) -> MismatchError:
+def unread(state: State) -> MismatchError:
+    """A state whose mix nobody reads."""
     line = source_line(state.node) or "an unknown line"
     return MismatchError(
         f"the residual addition at {line} is read in a way that the rewrite could not follow; make "
@@ -177,7 +190,8 @@ def _unread(state: State) -> MismatchError:
     )
 
 
-def _cumulative(lengths: Sequence[int]) -> set[int]:
+def ends_of(lengths: Sequence[int]) -> set[int]:
+    """After how many sublayers each block is complete."""
     ends, total = set(), 0
     for length in lengths:
         total += length

@@ -240,6 +240,7 @@ def test_the_written_options_can_be_read_again(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--num-blocks", "full", "--no-key-gain", "--eps", "1e-4", "--streams", "layers"]
+    options.append("--delta-sources")
     said(capsys, "convert", home / "plain.pt", tmp_path / "a.pt", *MODEL, *options, "-q")
     read = read_config(tmp_path / "a.attnres.toml")
     assert read == {
@@ -248,6 +249,7 @@ def test_the_written_options_can_be_read_again(
         "key_gain": False,
         "eps": 1e-4,
         "streams": ["layers"],
+        "delta_sources": True,
     }
 
 
@@ -325,7 +327,8 @@ FLAGS = {
     "env": "",
     "completion": "",
 }
-CONFIG = "config num-blocks block-sublayers aggregate key-gain no-key-gain eps streams"
+CONFIG = """config num-blocks block-sublayers aggregate key-gain no-key-gain eps streams
+delta-sources no-delta-sources"""
 SOURCE = "model model-args inputs input-shape seed"
 DANGEROUS = "allow-pickle trust-remote-code"
 COMMON = "help json no-color verbose quiet"

@@ -89,6 +89,10 @@ REASONS = {
     "changed-carrier": "the carrier is changed between residual additions, so block sums do not "
     "add up to it",
 }
+OFFER = (
+    "; AttnResConfig(delta_sources=True) converts it, with the differences that blocks make to the "
+    "state as sources"
+)
 
 
 @pytest.mark.parametrize("kind", BREAKS)
@@ -96,7 +100,7 @@ def test_a_broken_carrier_is_refused_with_its_reason(kind: str) -> None:
     found = analyse(twice(BREAKS[kind]))
     assert depths(found) == []
     assert refused(found) == [kind, kind]
-    assert found.refusals[0].reason == REASONS[kind]
+    assert found.refusals[0].reason == REASONS[kind] + OFFER
 
 
 UNBROKEN = {
