@@ -46,11 +46,6 @@ _OFFER = (
     "; AttnResConfig(delta_sources=True) converts it, with the differences that blocks make to the "
     "state as sources"
 )
-ALTERED = frozenset(
-    "post-norm post-activation clamped-carrier dropout narrowing-cast quantised-carrier"
-    " scaled-carrier changed-carrier".split()
-)
-"""Kinds that `find_delta_streams` has an answer to."""
 
 
 def offer_deltas(

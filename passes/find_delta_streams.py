@@ -111,6 +111,7 @@ class DeltaChains:
                 for addition in additions
                 if any(
                     projected[self.reads.value_read(part, node)] & bit[root(addition.previous)]
+                    and not self._ends_in(part, {*found, *self.accepted})
                     for part in addition.branch
                 )
                 and self._alteration(addition) is not None
@@ -119,6 +120,10 @@ class DeltaChains:
                 first = min(fitting, key=lambda a: self.view.order[a.previous]).skip_position
                 found[node] = next(a for a in fitting if a.skip_position == first)
         return found
+
+    def _ends_in(self, part: fx.Node, additions: set[fx.Node]) -> bool:
+        """Whether an operand is an addition, scaled: then that goes on, not the other operand."""
+        return any(value in additions for _, value in walk_up_alterations(part, self.reads))
 
     def _skips_above(self, node: fx.Node) -> list[Addition]:
         """Readings of ``g(x) + f(x)``: each operand as the skip, of the values above it."""
@@ -193,7 +198,8 @@ class DeltaChains:
             self._up_to_first_read(addition, alteration)
             for addition, alteration in zip(chain, alterations, strict=False)
         ]
-        for pattern in dict.fromkeys(filter(None, reversed(patterns))):
+        distinct = dict.fromkeys(filter(None, reversed(patterns)))
+        for pattern in sorted(distinct, key=len, reverse=True):
             nodes = self._followed(last.node, pattern, _shared_calls(chain))
             if nodes:
                 carries = tuple(r for r in self.reads.of(last.node) if r.user in nodes)

@@ -23,7 +23,6 @@ from torch import fx
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow, Read, Reads
 from attnres_compile.passes.explain_refusals import (
-    ALTERED,
     explain_altered_skips,
     explain_fused_additions,
     explain_short_chains,
@@ -79,7 +78,7 @@ def find_streams(graph: fx.Graph, *, delta_sources: bool = False) -> StreamAnaly
     altered = explain_altered_skips(view, reads, [n for n in candidates if n not in known])
     refused |= explain_short_chains(reads, short, altered, delta_sources=delta_sources)
     refused |= altered
-    if not delta_sources and any(refusal.kind in ALTERED for refusal in refused.values()):
+    if refused and not delta_sources:
         refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
     fused = explain_fused_additions(view, reads)
     return StreamAnalysis(tuple(streams), (*refused.values(), *fused))
