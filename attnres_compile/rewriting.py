@@ -125,17 +125,20 @@ def _rewrite(module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Nod
         )
     if not declared:
         return 0
-    found = {
-        option: find_streams(graph, delta_sources=option).streams
-        for option in {marker.layout.delta_sources for marker in declared}
-    }
-    streams = tuple(stream for each in found.values() for stream in each)
     outermost = [m for i, m in enumerate(declared) if not any(_within(m, o) for o in declared[:i])]
-    matches = [
-        match
-        for marker in outermost
-        for match in _matched(marker, found[marker.layout.delta_sources], enter)
-    ]
+    plain: tuple[ResidualStream, ...] = ()
+    if any(not marker.layout.delta_sources for marker in outermost):
+        plain = find_streams(graph).streams
+    streams = plain
+    matches: list[_Match] = []
+    for marker in outermost:
+        inside = enter(marker.node)
+        found = plain
+        if marker.layout.delta_sources:
+            # A chain of this owner may go on outside, which was not there when it was planned.
+            found = find_streams(graph, delta_sources=True, within=inside).streams
+            streams += found
+        matches += _matched(marker, found, inside)
     _check_no_second_call([m.node for m in declared if m not in outermost], streams, matches)
     # New nodes get example values; saved-tensor hooks of the user's are not to see these.
     with torch.no_grad():
@@ -188,9 +191,8 @@ def _read(node: fx.Node) -> _Marker:
 def _matched(
     marker: _Marker,
     streams: tuple[ResidualStream, ...],
-    enter: Callable[[fx.Node], Callable[[fx.Node], bool]],
+    inside: Callable[[fx.Node], bool],
 ) -> list[_Match]:
-    inside = enter(marker.node)
     own = [s for s in streams if all(inside(addition.node) for addition in s.additions)]
     identities = identify_additions(own)
     by_additions = {tuple(identities[a.node] for a in stream.additions): stream for stream in own}

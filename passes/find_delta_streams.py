@@ -23,7 +23,7 @@ A chain without any alteration is a plain stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -51,11 +51,13 @@ class DeltaChains:
     Attributes:
         view, reads: of the graph.
         accepted: residual and absorbed additions by the rules of `find_streams`, in graph order.
+        within: whether a node lies where chains may be linked.
     """
 
     view: Dataflow
     reads: Reads
     accepted: Mapping[fx.Node, Addition]
+    within: Callable[[fx.Node], bool]
 
     def linked(self, candidates: Sequence[fx.Node]) -> list[Addition]:
         """All additions in graph order, each with the one before it that it goes on with."""
@@ -86,6 +88,11 @@ class DeltaChains:
         while len(states) > 1 and not states[-1].reads:
             states.pop()
         return ResidualStream(tuple(states), sublayers_of(states), deltas=True)
+
+    def passed(self, stream: ResidualStream) -> set[fx.Node]:
+        """The nodes between the additions of a stream."""
+        additions = [state.addition for state in stream.states if state.addition is not None]
+        return {node for a in additions for node in self._alteration_before(a).nodes}
 
     def _scaled(self, candidates: Sequence[fx.Node]) -> dict[fx.Node, Addition]:
         """Rule 1."""
@@ -142,12 +149,13 @@ class DeltaChains:
         self, addition: Addition, known: Mapping[fx.Node, Addition], continued: set[fx.Node]
     ) -> Addition:
         """Rule 2."""
-        if addition.previous in known:
+        if addition.previous in known or not self.within(addition.node):
             return addition
         ends = self._ends_above(addition.previous, known)
         for end in sorted(ends, key=self.view.order.__getitem__, reverse=True):
             linked = replace(addition, previous=end)
-            if end not in continued and self._alteration(linked) is not None:
+            free = self.within(end) and end not in continued
+            if free and self._alteration(linked) is not None:
                 return linked
         return addition
 

@@ -17,6 +17,7 @@ Nothing is dropped in silence: a residual addition is in a stream or in a `Refus
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from torch import fx
 
@@ -40,7 +41,12 @@ from attnres_compile.passes.streams import (
 )
 
 
-def find_streams(graph: fx.Graph, *, delta_sources: bool = False) -> StreamAnalysis:
+def find_streams(
+    graph: fx.Graph,
+    *,
+    delta_sources: bool = False,
+    within: Callable[[fx.Node], bool] = lambda _: True,
+) -> StreamAnalysis:
     """Finds every residual stream of a torch-level, ATen or symbolically traced graph.
 
     Args:
@@ -48,6 +54,7 @@ def find_streams(graph: fx.Graph, *, delta_sources: bool = False) -> StreamAnaly
             used for reports where present. The graph is not changed.
         delta_sources: find the streams too whose carrier is altered between additions
             (`find_delta_streams`). Chains that such alterations interrupt become one stream.
+        within: where alterations may join chains: in a graph of several models, inside one.
 
     Returns:
         The streams in graph order, outer ones before the ones nested in them, and the refusals.
@@ -56,7 +63,7 @@ def find_streams(graph: fx.Graph, *, delta_sources: bool = False) -> StreamAnaly
     reads = Reads(view)
     candidates = [node for node in view.order if _is_candidate(node)]
     accepted = _accepted_additions(view, reads, candidates)
-    deltas = DeltaChains(view, reads, accepted)
+    deltas = DeltaChains(view, reads, accepted, within)
     additions = deltas.linked(candidates) if delta_sources else list(accepted.values())
     chains = _split_into_chains(view, additions)
     if delta_sources:
@@ -75,6 +82,7 @@ def find_streams(graph: fx.Graph, *, delta_sources: bool = False) -> StreamAnaly
         else:
             streams.append(stream)
     known = {addition.node for addition in additions}
+    known |= {node for s in streams if s.deltas for node in deltas.passed(s)}
     altered = explain_altered_skips(view, reads, [n for n in candidates if n not in known])
     refused |= explain_short_chains(reads, short, altered, delta_sources=delta_sources)
     refused |= altered
