@@ -102,6 +102,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         help="give these only a mix, by the modules that read there: '*.self_attn', '!*.mlp', or "
         "'model.layers[::2]' for every second layer",
     )
+    group.add_argument(
+        "--delta-sources",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="post-norm, post-activation and scaled streams too, by differences of states",
+    )
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,10 @@ class AttnResConfig:
             second layer (a slice, as of a Python list), ``"model.norm"`` for the last read. A site
             that is left out reads the plain residual sum, and the sources stay as they are.
             ``None`` gives all of them a mix. A pattern that matches no site is an error.
+        delta_sources: convert the streams too whose state passes a norm, an activation, a scale,
+            dropout or a cast between additions (post-norm, ResNet, DeepNorm). Their sources are
+            the root and the differences that blocks make to the state, which sum to it as well;
+            the additions themselves stay. This goes beyond the paper.
 
     Raises:
         ConfigError: on any value out of range, or on both ways of saying the block size at once.
@@ -56,6 +60,7 @@ class AttnResConfig:
     eps: float = 1e-6
     streams: tuple[str, ...] | None = None
     sites: tuple[str, ...] | None = None
+    delta_sources: bool = False
 
     def __post_init__(self) -> None:
         if self.block_sublayers is not None and self.num_blocks != "auto":
@@ -75,6 +80,8 @@ class AttnResConfig:
             raise ConfigError(f"aggregate must be 'sum' or 'mean', not {self.aggregate!r}.")
         if not isinstance(self.key_gain, bool):
             raise ConfigError(f"key_gain must be True or False, not {self.key_gain!r}.")
+        if not isinstance(self.delta_sources, bool):
+            raise ConfigError(f"delta_sources must be True or False, not {self.delta_sources!r}.")
         if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
             raise ConfigError(f"eps must lie between 0 and 1, not {self.eps!r}.")
         if self.streams is not None:

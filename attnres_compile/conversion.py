@@ -289,6 +289,7 @@ def _owner_layout(streams: list[PlannedStream], config: AttnResConfig, path: str
         streams=tuple(_stream_layout(stream, config, path) for stream in streams),
         methods=tuple(sorted(methods)),
         layers=tuple(sorted(layers | above)),
+        delta_sources=config.delta_sources,
     )
 
 

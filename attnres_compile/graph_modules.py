@@ -21,6 +21,7 @@ from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.redirect_reads import redirect_reads
+from attnres_compile.passes.rewrite_deltas import deltas_first, rewrite_deltas
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
 from attnres_compile.planning import plan_of_capture
 from attnres_compile.plans import ConversionPlan, PlannedStream
@@ -146,14 +147,15 @@ def _plan(module: fx.GraphModule, model: nn.Module, config: AttnResConfig) -> Co
 def _rewrite(
     graph: fx.Graph, planned: ConversionPlan, make: MakeParameter, device: torch.device
 ) -> None:
-    found = find_streams(graph).streams
+    found = find_streams(graph, delta_sources=planned.config.delta_sources).streams
     identities = identify_additions(found)
     by_additions = {tuple(identities[a.node] for a in s.additions): s for s in found}
     redirect_reads(graph, found)
-    for stream in planned.streams:
+    given = [(stream, _parameters(stream, make, device)) for stream in planned.streams]
+    for stream, parameters in deltas_first(given, lambda pair: pair[0].deltas):
         key = tuple((a.module_path, a.ordinal) for a in stream.additions)
-        parameters = _parameters(stream, make, device)
-        rewrite_residuals(graph, by_additions[key], stream.mix_layout(planned.config), parameters)
+        rewrite = rewrite_deltas if stream.deltas else rewrite_residuals
+        rewrite(graph, by_additions[key], stream.mix_layout(planned.config), parameters)
 
 
 def _parameters(

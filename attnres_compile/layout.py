@@ -37,11 +37,13 @@ class OwnerLayout:
         streams: their layouts.
         methods: names of the owner's methods through which its forward reaches the additions.
         layers: paths, below the owner, of the modules that hold additions.
+        delta_sources: whether they were found among the streams with delta sources.
     """
 
     streams: tuple[StreamLayout, ...]
     methods: tuple[str, ...]
     layers: tuple[str, ...]
+    delta_sources: bool = False
 
     def encode(self) -> str:
         """As JSON."""
@@ -52,7 +54,9 @@ class OwnerLayout:
         """From `encode`'s JSON."""
         data = json.loads(text)
         streams = tuple(_stream(stream) for stream in data["streams"])
-        return OwnerLayout(streams, tuple(data["methods"]), tuple(data["layers"]))
+        return OwnerLayout(
+            streams, tuple(data["methods"]), tuple(data["layers"]), bool(data["delta_sources"])
+        )
 
 
 def _stream(data: dict[str, object]) -> StreamLayout:

@@ -115,7 +115,7 @@ def plan_of_graph(
     existing = find_existing(view)
     if existing:
         return ConversionPlan(name, config, (), existing, size)
-    analysis = find_streams(graph)
+    analysis = find_streams(graph, delta_sources=config.delta_sources)
     refusals = list(analysis.refusals)
     found: list[tuple[ResidualStream, int]] = []
     refused: list[tuple[ResidualStream, Refusal]] = []

@@ -88,6 +88,7 @@ class PlannedStream:
         channel_dim: -1 or 1.
         dtype: of the stream and of the new parameters, as ``float32``.
         methods: names of the functions through which the model's forward reached the additions.
+        deltas: whether its sources are differences of states (`AttnResConfig.delta_sources`).
     """
 
     name: str
@@ -99,6 +100,7 @@ class PlannedStream:
     channel_dim: int
     dtype: str
     methods: tuple[str, ...]
+    deltas: bool = False
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -135,8 +137,11 @@ class PlannedStream:
 
     @property
     def inference_values_per_token(self) -> int:
-        """Numbers per token that stay alive beside the stream itself: the completed blocks."""
-        return self.width * len(self.blocks)
+        """Numbers per token that stay alive beside the stream itself: the completed blocks.
+
+        With delta sources, the state that the block in progress started from too.
+        """
+        return self.width * (len(self.blocks) + int(self.deltas))
 
     @property
     def training_values_per_token(self) -> int:

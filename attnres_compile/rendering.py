@@ -152,9 +152,11 @@ def _stream_facts(stream: PlannedStream, plan: ConversionPlan) -> list[tuple[str
     dimension = (
         "the last dimension" if stream.channel_dim == -1 else f"dimension {stream.channel_dim}"
     )
+    deltas = [("sources", "the root, and the differences that blocks make to the state")]
     return [
         ("owner", stream.owner or "the model itself"),
         ("root", stream.root),
+        *(deltas if stream.deltas else []),
         ("depth", _depth(stream)),
         ("width", f"{stream.width:,} channels in {dimension}, {stream.dtype}"),
         ("blocks", _blocks(stream)),

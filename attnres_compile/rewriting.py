@@ -22,6 +22,7 @@ from attnres_compile.passes.graph_values import module_path
 from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 from attnres_compile.passes.redirect_reads import redirect_reads
+from attnres_compile.passes.rewrite_deltas import deltas_first, rewrite_deltas
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
 from attnres_compile.passes.streams import ResidualStream
 
@@ -124,15 +125,27 @@ def _rewrite(module: fx.GraphModule, enter: Callable[[fx.Node], Callable[[fx.Nod
         )
     if not declared:
         return 0
-    streams = find_streams(graph).streams
     outermost = [m for i, m in enumerate(declared) if not any(_within(m, o) for o in declared[:i])]
-    matches = [match for marker in outermost for match in _matched(marker, streams, enter)]
+    plain: tuple[ResidualStream, ...] = ()
+    if any(not marker.layout.delta_sources for marker in outermost):
+        plain = find_streams(graph).streams
+    streams = plain
+    matches: list[_Match] = []
+    for marker in outermost:
+        inside = enter(marker.node)
+        found = plain
+        if marker.layout.delta_sources:
+            # A chain of this owner may go on outside, which was not there when it was planned.
+            found = find_streams(graph, delta_sources=True, within=inside).streams
+            streams += found
+        matches += _matched(marker, found, inside)
     _check_no_second_call([m.node for m in declared if m not in outermost], streams, matches)
     # New nodes get example values; saved-tensor hooks of the user's are not to see these.
     with torch.no_grad():
         redirect_reads(graph, streams)
-        for match in matches:
-            rewrite_residuals(graph, match.stream, match.layout.mix, match.parameters)
+        for match in deltas_first(matches, lambda match: match.stream.deltas):
+            rewrite = rewrite_deltas if match.stream.deltas else rewrite_residuals
+            rewrite(graph, match.stream, match.layout.mix, match.parameters)
     for node in markers:
         graph.erase_node(node)
     graph.lint()
@@ -178,9 +191,8 @@ def _read(node: fx.Node) -> _Marker:
 def _matched(
     marker: _Marker,
     streams: tuple[ResidualStream, ...],
-    enter: Callable[[fx.Node], Callable[[fx.Node], bool]],
+    inside: Callable[[fx.Node], bool],
 ) -> list[_Match]:
-    inside = enter(marker.node)
     own = [s for s in streams if all(inside(addition.node) for addition in s.additions)]
     identities = identify_additions(own)
     by_additions = {tuple(identities[a.node] for a in stream.additions): stream for stream in own}

@@ -94,6 +94,7 @@ def plan_stream(
         channel_dim=channel,
         dtype=str(dtype_of(stream.states[-1].node)).removeprefix("torch."),
         methods=tuple(sorted({f for a in stream.additions for f in functions_around(a.node)})),
+        deltas=stream.deltas,
     )
 
 
@@ -202,9 +203,7 @@ def _grouped(
 
 
 def _describe_root(stream: ResidualStream) -> str:
-    first = stream.states[1].addition
-    assert first is not None
-    made_by = first.previous
+    made_by = stream.additions[0].previous
     if made_by.op == "placeholder":
         return "the input"
     return module_path(made_by) or operation(made_by)
@@ -246,8 +245,8 @@ def num_sources(stream: ResidualStream, lengths: Sequence[int]) -> dict[int, int
     completed = sublayers = 0
     additions_open = partial_open = False
     for position, state in enumerate(stream.states):
+        partial_open = partial_open or position > 0
         if state.addition is not None:
-            partial_open = True
             additions_open = additions_open or state.addition.is_residual
         if not state.reads:
             continue

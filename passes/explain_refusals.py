@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.alterations import (
+    LONGEST_INTERRUPTION,
+    largest_part,
+    scales_operand,
+    walk_up_alterations,
+)
 from attnres_compile.passes.dataflow import Dataflow, Reads
 from attnres_compile.passes.graph_values import is_tensor, module_path, shape_of, source_line
-from attnres_compile.passes.streams import Addition, Refusal
+from attnres_compile.passes.streams import Addition, Refusal, ResidualStream
 
 _REASONS = {
     "post-norm": "post-norm: the carrier passes a norm between residual additions, so block sums "
@@ -35,15 +40,36 @@ _REASONS = {
     "add up to it",
     "single-sublayer": "a stream of one sublayer has nothing to choose from",
 }
-_LONGEST_INTERRUPTION = 16  # nodes; the longest decomposed norm seen has 11
+
+
+_OFFER = (
+    "; AttnResConfig(delta_sources=True) converts it, with the differences that blocks make to the "
+    "state as sources"
+)
+
+
+def offer_deltas(
+    refused: Mapping[fx.Node, Refusal], streams: Iterable[ResidualStream]
+) -> dict[fx.Node, Refusal]:
+    """The refusals, with the option that converts them: `streams` are those found with it."""
+    answered = {a.node for stream in streams if stream.deltas for a in stream.additions}
+    return {
+        node: replace(refusal, reason=refusal.reason + _OFFER) if node in answered else refusal
+        for node, refusal in refused.items()
+    }
 
 
 def explain_short_chains(
-    reads: Reads, chains: Sequence[Sequence[Addition]], altered: Iterable[fx.Node]
-) -> list[Refusal]:
+    reads: Reads,
+    chains: Sequence[Sequence[Addition]],
+    altered: Iterable[fx.Node],
+    *,
+    delta_sources: bool,
+) -> dict[fx.Node, Refusal]:
     """Why chains of fewer than two sublayers are no streams: what interrupts the carrier.
 
-    It may lie between two chains, or between one and an addition whose skip is `altered`.
+    It may lie between two chains, or between one and an addition whose skip is `altered`. With
+    `delta_sources` an activation before and after is no reason any more.
     """
     ends: dict[fx.Node, int | None] = dict.fromkeys(altered)
     ends |= {chain[-1].node: position for position, chain in enumerate(chains)}
@@ -55,13 +81,13 @@ def explain_short_chains(
             before = ends[end]
             if before is not None:
                 kinds[before] = kinds[position]
-        elif _stands_between_activations(chain, reads):
+        elif not delta_sources and _stands_between_activations(chain, reads):
             kinds.setdefault(position, "post-activation")
-    refusals = []
+    refused: dict[fx.Node, Refusal] = {}
     for position, chain in enumerate(chains):
         kind = kinds.get(position, "single-sublayer")
-        refusals += [_refusal(step.node, kind) for step in chain if step.is_residual]
-    return refusals
+        refused |= {step.node: _refusal(step.node, kind) for step in chain if step.is_residual}
+    return refused
 
 
 def explain_altered_skips(
@@ -139,56 +165,12 @@ def _altered_skips(node: fx.Node, reads: Reads) -> list[_AlteredSkip]:
         return []
     found = []
     for skip, branch in (operands, operands[::-1]):
-        crossed, source = _walk_up_alterations(skip, reads)
-        scaled = _scales_operand(node, skip)
-        if crossed or scaled:
-            kind = _interruption(crossed) if crossed else "scaled-carrier"
+        steps = list(walk_up_alterations(skip, reads))
+        if steps or scales_operand(node, skip):
+            kind = _interruption([step for step, _ in steps]) if steps else "scaled-carrier"
+            source = steps[-1][1] if steps else reads.origin(skip)
             found.append(_AlteredSkip(node, source, reads.value_read(branch, node), kind))
     return found
-
-
-def _scales_operand(node: fx.Node, operand: fx.Node) -> bool:
-    """Whether the addition multiplies this operand: ``torch.add(branch, skip, alpha=0.5)``."""
-    second = operand is ops.operands(node)[1]
-    return second and ops.operation(node) == "add" and ops.argument(node, 2, "alpha", 1) != 1
-
-
-def _walk_up_alterations(node: fx.Node, reads: Reads) -> tuple[list[fx.Node], fx.Node]:
-    """From an operand back over scalings by constants, dropout, narrowing casts and slices."""
-    crossed: list[fx.Node] = []
-    current = reads.origin(node)
-    while len(crossed) < _LONGEST_INTERRUPTION:
-        source = _altered(current)
-        if source is None:
-            break
-        crossed.append(current)
-        current = reads.origin(source)
-    return crossed, current
-
-
-def _altered(node: fx.Node) -> fx.Node | None:
-    """What a scaling by constants, dropout, a narrowing cast or a rearrangement is applied to."""
-    name = ops.operation(node)
-    if name in ops.REARRANGEMENTS:
-        return _rearranged(node)
-    operands = ops.operands(node)
-    same = [operand for operand in operands if shape_of(operand) == shape_of(node)]
-    if name in ops.DROPOUTS or (name in ops.CASTS and operands):
-        return operands[0]
-    if name not in ("mul", "div") or len(same) != 1:
-        return None
-    constant = all(operand is same[0] or ops.is_constant(operand) for operand in operands)
-    return same[0] if constant else None
-
-
-def _rearranged(node: fx.Node) -> fx.Node | None:
-    """Where most of the elements of a slice, concatenation or transposition come from."""
-    parts = ops.value_arguments(node)
-    return max(parts, key=_num_elements) if parts else None
-
-
-def _num_elements(node: fx.Node) -> int:
-    return math.prod(shape_of(node)) if is_tensor(node) else 0
 
 
 def _stands_between_activations(chain: Sequence[Addition], reads: Reads) -> bool:
@@ -212,14 +194,14 @@ def _walk_up_to_state(
     """
     crossed: list[fx.Node] = []
     current = node
-    for _ in range(_LONGEST_INTERRUPTION):
+    for _ in range(LONGEST_INTERRUPTION):
         if reads.origin(current) in ends:
             return crossed, reads.origin(current)
         rearranged = ops.operation(current) in ops.REARRANGEMENTS
         if not (rearranged or ops.is_elementwise(current) or ops.operation(current) in ops.NORMS):
             return crossed, None
         crossed.append(current)
-        source = _rearranged(current) if rearranged else None
+        source = largest_part(current) if rearranged else None
         if source is not None:
             current = source
             continue

@@ -17,6 +17,7 @@ Nothing is dropped in silence: a residual addition is in a stream or in a `Refus
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from torch import fx
 
@@ -26,7 +27,9 @@ from attnres_compile.passes.explain_refusals import (
     explain_altered_skips,
     explain_fused_additions,
     explain_short_chains,
+    offer_deltas,
 )
+from attnres_compile.passes.find_delta_streams import DeltaChains
 from attnres_compile.passes.graph_values import dtype_of, module_path, shape_of, source_line
 from attnres_compile.passes.streams import (
     Addition,
@@ -34,15 +37,24 @@ from attnres_compile.passes.streams import (
     ResidualStream,
     State,
     StreamAnalysis,
+    sublayers_of,
 )
 
 
-def find_streams(graph: fx.Graph) -> StreamAnalysis:
+def find_streams(
+    graph: fx.Graph,
+    *,
+    delta_sources: bool = False,
+    within: Callable[[fx.Node], bool] = lambda _: True,
+) -> StreamAnalysis:
     """Finds every residual stream of a torch-level, ATen or symbolically traced graph.
 
     Args:
         graph: nodes need example values (shapes and dtypes); module calls and stack traces are
             used for reports where present. The graph is not changed.
+        delta_sources: find the streams too whose carrier is altered between additions
+            (`find_delta_streams`). Chains that such alterations interrupt become one stream.
+        within: where alterations may join chains: in a graph of several models, inside one.
 
     Returns:
         The streams in graph order, outer ones before the ones nested in them, and the refusals.
@@ -51,25 +63,33 @@ def find_streams(graph: fx.Graph) -> StreamAnalysis:
     reads = Reads(view)
     candidates = [node for node in view.order if _is_candidate(node)]
     accepted = _accepted_additions(view, reads, candidates)
-    chains = _split_into_chains(view, list(accepted.values()))
+    deltas = DeltaChains(view, reads, accepted, within)
+    additions = deltas.linked(candidates) if delta_sources else list(accepted.values())
+    chains = _split_into_chains(view, additions)
+    if delta_sources:
+        chains = _outer_first(view, [deltas.at_own_root(chain) for chain in chains])
     streams: list[ResidualStream] = []
     short: list[list[Addition]] = []
-    refusals: list[Refusal] = []
+    refused: dict[fx.Node, Refusal] = {}
     for chain in chains:
-        stream = _stream_of(chain, reads)
+        delta = deltas.stream_of(chain) if delta_sources else None
+        stream = _stream_of(chain, reads) if delta is None else delta
         written = _overwritten_source(view, reads, stream)
         if len(stream.sublayers) < 2:
             short.append(chain)
         elif written is not None:
-            refusals += [_overwritten_refusal(addition, written) for addition in stream.additions]
+            refused |= {a.node: _overwritten_refusal(a, written) for a in stream.additions}
         else:
             streams.append(stream)
-    others = [node for node in candidates if node not in accepted]
-    altered = explain_altered_skips(view, reads, others)
-    refusals += explain_short_chains(reads, short, altered)
-    refusals += altered.values()
-    refusals += explain_fused_additions(view, reads)
-    return StreamAnalysis(tuple(streams), tuple(refusals))
+    known = {addition.node for addition in additions}
+    known |= {node for s in streams if s.deltas for node in deltas.passed(s)}
+    altered = explain_altered_skips(view, reads, [n for n in candidates if n not in known])
+    refused |= explain_short_chains(reads, short, altered, delta_sources=delta_sources)
+    refused |= altered
+    if refused and not delta_sources:
+        refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
+    fused = explain_fused_additions(view, reads)
+    return StreamAnalysis(tuple(streams), (*refused.values(), *fused))
 
 
 def _accepted_additions(
@@ -191,7 +211,7 @@ def _stream_of(chain: list[Addition], reads: Reads) -> ResidualStream:
         states.append(State(addition.node, depth, found, addition))
     while len(states) > 1 and not states[-1].reads:
         states.pop()
-    return ResidualStream(tuple(states), _sublayers(states))
+    return ResidualStream(tuple(states), sublayers_of(states))
 
 
 def _reads_of(value: fx.Node, successor: Addition | None, reads: Reads) -> tuple[Read, ...]:
@@ -205,17 +225,6 @@ def _reads_of(value: fx.Node, successor: Addition | None, reads: Reads) -> tuple
     )
 
 
-def _sublayers(states: list[State]) -> tuple[tuple[Addition, ...], ...]:
-    sublayers: list[list[Addition]] = [[]]
-    for state in states[1:]:
-        assert state.addition is not None
-        if state.addition.is_residual:
-            sublayers[-1].append(state.addition)
-        if state.reads and sublayers[-1]:
-            sublayers.append([])
-    return tuple(tuple(sublayer) for sublayer in sublayers if sublayer)
-
-
 def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) -> fx.Node | None:
     """A write in place that mixes could not follow.
 
@@ -223,6 +232,8 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
     that will write into its mix; or a residual addition whose result is read through an older
     view of another shape than a state's (a slice, a transposition).
     """
+    if stream.deltas:
+        return _overwritten_state(view, stream) or _state_read_through_view(reads, stream)
     first = stream.states[1].addition
     assert first is not None
     # What was written before the stream starts is a part of its root.
@@ -236,6 +247,17 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
         if written not in own and not _writes_into_mix(view, reads, stream, written):
             return written
     return _state_read_through_view(reads, stream)
+
+
+def _overwritten_state(view: Dataflow, stream: ResidualStream) -> fx.Node | None:
+    """A write into a state that later differences are taken from: the root, or one that is read."""
+    root = stream.states[0].node
+    start = stream.additions[0].previous if stream.additions else root
+    writes = view.writes_between(root, start=max(root, start))
+    for state in stream.states[1:]:
+        if state.reads:
+            writes += view.writes_between(state.node, start=state.node)
+    return writes[0] if writes else None
 
 
 def _writes_into_mix(

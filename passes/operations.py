@@ -61,6 +61,10 @@ NORMS = SCALE_INVARIANT_NORMS | {
     "cudnn_batch_norm",
     "local_response_norm",
 }
+STATISTICS = frozenset(
+    "mean sum var std var_mean std_mean amax amin norm linalg_norm linalg_vector_norm".split()
+)
+"""Reductions that a norm written in steps divides by."""
 PROJECTIONS = frozenset(
     "linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d conv3d convolution"
     " _convolution conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention"

@@ -59,7 +59,7 @@ def rewrite_residuals(
 
     Args:
         graph: the graph that `stream` was found in, with its reads redirected (`redirect_reads`).
-        stream: the states and additions to rewrite.
+        stream: the states and additions to rewrite; none of `deltas` (see `rewrite_deltas`).
         layout: blocks and the form of the mix.
         parameters: graph nodes holding query [D] and gain [D] of every site with several sources.
 
@@ -71,7 +71,7 @@ def rewrite_residuals(
     _erase_dead(graph, [state.node for state in stream.states[1:]])
     for state, mixed in zip(stream.states[1:], mixes, strict=True):
         if mixed is not None and not mixed.users.keys() - writer.plain_sums:
-            raise _unread(state)
+            raise unread(state)
 
 
 class _StreamWriter:
@@ -100,7 +100,7 @@ class _StreamWriter:
         self._plain = self._root
         self._not_in_plain: list[fx.Node] = []
         self.plain_sums: set[fx.Node] = set()
-        self._seals = _cumulative(layout.block_sublayers)
+        self._seals = ends_of(layout.block_sublayers)
         self._sublayers = 0
         self._open_additions = 0
 
@@ -148,18 +148,10 @@ class _StreamWriter:
         sources = [self._root, *self._completed]
         if self._partial is not None:
             sources.append(self._partial)
-        dtype = dtype_of(state.node)
-        query, gain = self._parameters[position]
-        outputs = edit.call(
-            torch.ops.attnres.mix.default,
-            [edit.cast(source, dtype) for source in sources],
-            query,
-            gain,
-            self._layout.eps,
-            self._layout.sums,
-            self._layout.channel_dim,
+        mixed = write_mix(
+            edit, sources, dtype_of(state.node), self._parameters[position], self._layout
         )
-        return _in_layout_of(edit, edit.call(operator.getitem, outputs, 0), state)
+        return _in_layout_of(edit, mixed, state)
 
     def _sum(self, edit: Editor, state: State) -> fx.Node:
         """The plain residual sum, branch by branch: rounded as the unconverted model rounds it."""
@@ -178,6 +170,27 @@ def _in_layout_of(edit: Editor, value: fx.Node, state: State) -> fx.Node:
     return edit.call(aten.reshape_as.default, value, state.addition.skip)
 
 
+def write_mix(
+    edit: Editor,
+    sources: Sequence[fx.Node],
+    dtype: torch.dtype,
+    parameters: tuple[fx.Node, fx.Node | None],
+    layout: MixLayout,
+) -> fx.Node:
+    """The mix of a site over its sources, in the dtype of its state and the root's shape."""
+    query, gain = parameters
+    outputs = edit.call(
+        torch.ops.attnres.mix.default,
+        [edit.cast(source, dtype) for source in sources],
+        query,
+        gain,
+        layout.eps,
+        layout.sums,
+        layout.channel_dim,
+    )
+    return edit.call(operator.getitem, outputs, 0)
+
+
 def _branch_operand(edit: Editor, addition: Addition) -> fx.Node:
     """The branch of ``skip + alpha * branch``, ``skip - branch`` or ``addcmul(skip, a, b)``."""
     node = addition.node
@@ -193,7 +206,8 @@ def _scaled(edit: Editor, branch: fx.Node, factor: float) -> fx.Node:
     return branch if factor == 1 else edit.call(aten.mul.Tensor, branch, factor)
 
 
-def _unread(state: State) -> MismatchError:
+def unread(state: State) -> MismatchError:
+    """A state whose mix nobody reads."""
     line = source_line(state.node) or "an unknown line"
     return MismatchError(
         f"the residual addition at {line} is read in a way that the rewrite could not follow; make "
@@ -201,7 +215,8 @@ def _unread(state: State) -> MismatchError:
     )
 
 
-def _cumulative(lengths: Sequence[int]) -> set[int]:
+def ends_of(lengths: Sequence[int]) -> set[int]:
+    """After how many sublayers each block is complete."""
     ends, total = set(), 0
     for length in lengths:
         total += length

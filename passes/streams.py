@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -16,7 +17,8 @@ class Addition:
 
     Attributes:
         node: the addition; its value is the next state of the stream.
-        previous: the node that made the state (or root) which the skip operand carries.
+        previous: the node that made the state (or root) which the skip operand carries, in a
+            stream of `deltas` altered or not.
         skip_position: which of the addition's tensor operands the skip is.
         is_residual: False for an absorbed addition, whose branch is independent of the stream.
     """
@@ -46,13 +48,16 @@ class State:
         node: what made it; for the root, the skip operand of the first addition.
         depth: how many residual additions precede it.
         reads: its uses other than the skip of the next state; a state with reads is a site.
-        addition: the addition that made it; None for the root alone.
+        addition: the addition that made it; None for the root, and in a stream of `deltas` for
+            what an alteration made of the state before.
+        carries: in a stream of `deltas`, the uses that lead to the next state.
     """
 
     node: fx.Node
     depth: int
     reads: tuple[Read, ...]
     addition: Addition | None
+    carries: tuple[Read, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,13 @@ class ResidualStream:
     Attributes:
         states: root first; the last one is read.
         sublayers: for each sublayer, the residual additions it sums.
+        deltas: the carrier is altered between additions (a norm, an activation, a scale), so that
+            its sources are differences of states; see `find_delta_streams`.
     """
 
     states: tuple[State, ...]
     sublayers: tuple[tuple[Addition, ...], ...]
+    deltas: bool = False
 
     @property
     def additions(self) -> tuple[Addition, ...]:
@@ -75,6 +83,17 @@ class ResidualStream:
     @property
     def sites(self) -> tuple[State, ...]:
         return tuple(state for state in self.states if state.reads)
+
+
+def sublayers_of(states: Sequence[State]) -> tuple[tuple[Addition, ...], ...]:
+    """The residual additions between reads: maximal runs, root first."""
+    sublayers: list[list[Addition]] = [[]]
+    for state in states:
+        if state.addition is not None and state.addition.is_residual:
+            sublayers[-1].append(state.addition)
+        if state.reads and sublayers[-1]:
+            sublayers.append([])
+    return tuple(tuple(sublayer) for sublayer in sublayers if sublayer)
 
 
 @dataclass(frozen=True)

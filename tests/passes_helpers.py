@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from attnres_compile.capture import annotate_symbolic, capture
@@ -113,3 +114,23 @@ def twice(step: Body) -> Body:
 def pre_norm(m: Any, x: Tensor) -> Tensor:
     x = x + m.f(m.norm(x))
     return x + m.g(m.norm(x))
+
+
+# Steps of a chain whose carrier is altered after each addition, by the kind of the refusal; and the
+# same operations on the branch, where they are harmless.
+BREAKS: dict[str, Body] = {
+    "post-norm": lambda m, x: m.norm(x + m.f(x)),
+    "post-activation": lambda m, x: F.relu(x + m.f(x)),
+    "dropout": lambda m, x: F.dropout(x + m.f(x), 0.1, training=False),
+    "narrowing-cast": lambda m, x: (x + m.f(x)).to(torch.bfloat16).float(),
+    "scaled-carrier": lambda m, x: (x + m.f(x)) * 0.9,
+    "changed-carrier": lambda m, x: (x + m.f(x)).masked_fill(m.positions > 1, 0.0),
+}
+UNBROKEN: dict[str, Body] = {
+    "norm on the branch": lambda m, x: x + m.norm(m.f(x)),
+    "activation on the branch": lambda m, x: x + F.relu(m.f(x)),
+    "dropout on the branch": lambda m, x: x + F.dropout(m.f(x), 0.1),
+    "narrowing cast on the branch": lambda m, x: x + m.f(x).to(torch.bfloat16).float(),
+    "scaled branch": lambda m, x: x + m.f(x) * 0.9,
+    "masked branch": lambda m, x: x + m.f(x).masked_fill(m.positions > 1, 0.0),
+}

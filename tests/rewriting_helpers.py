@@ -19,6 +19,7 @@ from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import dtype_of, shape_of, value_of
 from attnres_compile.passes.partition_blocks import partition_blocks
 from attnres_compile.passes.redirect_reads import redirect_reads
+from attnres_compile.passes.rewrite_deltas import deltas_first, rewrite_deltas
 from attnres_compile.passes.rewrite_residuals import MixLayout, rewrite_residuals
 from attnres_compile.passes.streams import ResidualStream
 from attnres_compile.stream_plans import num_sources
@@ -59,11 +60,11 @@ def rewrite_module(module: fx.GraphModule, config: AttnResConfig | None = None) 
     config = config or AttnResConfig(num_blocks="full")
     before = fx.GraphModule(module, copy.deepcopy(module.graph))
     names = [node.name for node in module.graph.nodes]
-    streams = find_streams(module.graph).streams
+    streams = find_streams(module.graph, delta_sources=config.delta_sources).streams
     mixed: list[fx.Node] = []
     parameters: set[str] = set()
     redirect_reads(module.graph, streams)
-    for number, stream in enumerate(streams):
+    for number, stream in enumerate(deltas_first(streams, lambda stream: stream.deltas)):
         layout = _layout(stream, config)
         positions = [p for p, s in enumerate(stream.states) if s.reads and p > 0]
         given = {}
@@ -74,7 +75,9 @@ def rewrite_module(module: fx.GraphModule, config: AttnResConfig | None = None) 
         mixed += [stream.states[p].node for p in positions]
         sites = num_sources(stream, layout.block_sublayers)
         assert {p for p, count in sites.items() if count > 1} == set(positions)
-        rewrite_residuals(module.graph, stream, layout, given)
+        (rewrite_deltas if stream.deltas else rewrite_residuals)(
+            module.graph, stream, layout, given
+        )
     module.graph.lint()
     module.recompile()
     after = {node.name: node for node in module.graph.nodes}

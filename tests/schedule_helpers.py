@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -46,6 +47,21 @@ def network(
             sources = completed if partial is None else [*completed, partial]
             query, gain = given[f"query{sites}"], given[f"gain{sites}"]
             read = reader(attnres(sources, query, gain, aggregate="sum"), given, sites)
+    return read
+
+
+def network_of_deltas(given: Tensors, blocks: tuple[int, ...]) -> Tensor:
+    """A post-norm chain with differences of its states as sources; `blocks` in sublayers each."""
+    state = start = read = given["root"]
+    completed, sites = [state], 0
+    for size in blocks:
+        for step in range(size):
+            state = F.layer_norm(state + torch.tanh(given[f"branch{sites}"] + read), (WIDTH,))
+            sites += 1
+            sources = [*completed, state - start]
+            if step + 1 == size:
+                completed, start = sources, state
+            read = attnres(sources, given[f"query{sites}"], given[f"gain{sites}"], aggregate="sum")
     return read
 
 

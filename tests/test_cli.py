@@ -241,6 +241,7 @@ def test_the_written_options_can_be_read_again(
 ) -> None:
     options = ["--num-blocks", "full", "--no-key-gain", "--eps", "1e-4", "--streams", "layers"]
     options += ["--sites", "layers[1:]", "!norm"]
+    options.append("--delta-sources")
     said(capsys, "convert", home / "plain.pt", tmp_path / "a.pt", *MODEL, *options, "-q")
     read = read_config(tmp_path / "a.attnres.toml")
     assert read == {
@@ -250,6 +251,7 @@ def test_the_written_options_can_be_read_again(
         "eps": 1e-4,
         "streams": ["layers"],
         "sites": ["layers[1:]", "!norm"],
+        "delta_sources": True,
     }
 
 
@@ -338,7 +340,8 @@ FLAGS = {
     "env": "",
     "completion": "",
 }
-CONFIG = "config num-blocks block-sublayers aggregate key-gain no-key-gain eps streams sites"
+CONFIG = """config num-blocks block-sublayers aggregate key-gain no-key-gain eps streams sites
+delta-sources no-delta-sources"""
 SOURCE = "model model-args inputs input-shape seed"
 DANGEROUS = "allow-pickle trust-remote-code"
 COMMON = "help json no-color verbose quiet"

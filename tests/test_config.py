@@ -25,6 +25,7 @@ def test_defaults() -> None:
         "eps": 1e-6,
         "streams": None,
         "sites": None,
+        "delta_sources": False,
     }
     assert json.loads(json.dumps(config.to_json())) == config.to_json()
 
@@ -87,6 +88,7 @@ ERRORS = [
     ({"streams": "encoder"}, "streams takes a tuple of patterns; write streams=('encoder',)."),
     ({"streams": (1,)}, "streams takes a tuple of patterns, not (1,)."),
     ({"streams": 3}, "streams takes a tuple of patterns, not 3."),
+    ({"delta_sources": 1}, "delta_sources must be True or False, not 1."),
     ({"streams": ()}, "streams=() converts nothing; leave it out to convert every stream."),
     ({"sites": "norm"}, "sites takes a tuple of patterns; write sites=('norm',)."),
     ({"sites": ()}, "sites=() converts nothing; leave it out to convert every site."),

@@ -19,7 +19,7 @@ from handwritten_models import GPTBlock, TokenModel
 
 PLAN_AT_100 = """\
 Decoder: 24 residual additions in 1 stream, 6,144 new parameters (+0.614%)
-Options: num_blocks=8, aggregate='sum', key_gain=True, eps=1e-06
+Options: num_blocks=8, aggregate='sum', key_gain=True, eps=1e-06, delta_sources=False
 
 Stream model.layers
   owner             model

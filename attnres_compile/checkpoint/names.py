@@ -222,6 +222,11 @@ def _expressible(plan: ConversionPlan, naming: Naming) -> PlannedStream:
             f"{naming.title} models have a mix at every site, and this conversion leaves out "
             f"{left_out.name}; convert without sites=(...), or save it with native names."
         )
+    if stream.deltas:
+        raise ConfigError(
+            f"{naming.title} models have block sums as sources, and stream {stream.name} has "
+            "differences of states (delta_sources); save it with native names."
+        )
     depths = [site.depth for site in stream.sites]
     regular = len(stream.sublayers) == 2 * stream.num_layers and depths == list(
         range(len(stream.sublayers) + 1)

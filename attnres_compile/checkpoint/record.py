@@ -247,6 +247,7 @@ def _stream(data: dict[str, Any]) -> PlannedStream:
         channel_dim=data["channel_dim"],
         dtype=dtype,
         methods=tuple(_text(name) for name in data["methods"]),
+        deltas=bool(data.get("deltas", False)),
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from attnres_compile.functional import attnres
+from attnres_compile.passes.fuse_neighbours import fuse_neighbours
 from attnres_compile.passes.schedule_two_phase import schedule_two_phase
 from schedule_helpers import (
     WIDTH,
@@ -15,6 +16,7 @@ from schedule_helpers import (
     captured,
     count,
     network,
+    network_of_deltas,
     sites,
     tensors,
 )
@@ -37,6 +39,21 @@ def test_blocks_and_values(blocks: tuple[int, ...], phase1: int, complete: int) 
     assert count(graph, "mix") == 0
     assert count(graph, "phase2") == sum(blocks)
     assert (count(graph, "phase1"), count(graph, "complete")) == (phase1, complete)
+
+
+@pytest.mark.parametrize("blocks", [(2, 2), (2, 2, 2, 3), (1,) * 6])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_differences_of_states_as_sources(blocks: tuple[int, ...], fuse: bool) -> None:
+    def change(graph: fx.Graph) -> None:
+        schedule_two_phase(graph)
+        if fuse:
+            fuse_neighbours(graph)
+
+    given = tensors(sum(blocks))
+    graph = assert_unchanged_values(lambda t: network_of_deltas(t, blocks), given, change)
+    assert count(graph, "mix") == 0
+    assert count(graph, "phase2") == sum(blocks)
+    assert count(graph, "phase1") == {2: 0, 4: 2, 6: 1}[len(blocks)]
 
 
 def test_a_site_has_a_result_of_phase_1_or_direct_sources() -> None:
