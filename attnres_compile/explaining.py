@@ -112,18 +112,32 @@ def _as_planned(
     lengths = [len(sublayer.additions) for sublayer, _ in sublayers]
     found = {}
     for position, state in enumerate(stream.states[1:], start=1):
+        if state.addition is None:
+            continue
         before = told[state.node]
         if before.verdict != "residual":
             reason = f"{before.reason} ({plan.name})"
         else:
             index = next(i for i in range(len(lengths)) if sum(lengths[: i + 1]) >= state.depth)
+            readers = _reads(_site_after(sites, stream, position))
             reason = (
                 f"residual addition {state.depth} of {len(stream.additions)} of the stream "
                 f"{plan.name}, in sublayer {index + 1} of {len(sublayers)}, block "
-                f"{sublayers[index][1]} of {len(plan.blocks)}; {_reads(sites.get(position))}"
+                f"{sublayers[index][1]} of {len(plan.blocks)}; {readers}"
             )
         found[state.node] = dataclasses.replace(before, reason=reason)
     return found
+
+
+def _site_after(sites: Mapping[int, Site], stream: ResidualStream, position: int) -> Site | None:
+    """The site at an addition, or in a stream of deltas at the norm or the like that follows it."""
+    onward = stream.states[position + 1 :]
+    for later, state in enumerate((stream.states[position], *onward), start=position):
+        if later > position and state.addition is not None:
+            return None
+        if state.reads:
+            return sites.get(later)
+    return None
 
 
 def _reads(site: Site | None) -> str:

@@ -16,7 +16,13 @@ from onnx import helper, numpy_helper
 
 from attnres_compile.call_shapes import CallShapes
 from attnres_compile.config import AttnResConfig
-from attnres_compile.errors import AlreadyConvertedError, InputError, MismatchError, in_words
+from attnres_compile.errors import (
+    AlreadyConvertedError,
+    ConfigError,
+    InputError,
+    MismatchError,
+    in_words,
+)
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import ModuleCall, module_calls, module_path, source_line
@@ -86,6 +92,11 @@ def analyse_model(
     normal = normalise_onnx(_upgraded(model, name))
     sizes = input_shapes(normal, shapes)
     values = infer_values(normal, sizes, small)
+    if config.delta_sources or config.sites is not None:
+        raise ConfigError(
+            "delta_sources and sites are not there for ONNX files; convert the PyTorch model with "
+            "them and export it: attnres_compile.save(converted, 'model.onnx')."
+        )
     view = view_onnx(normal.graph, values)
     plan = plan_of_graph(view.graph, name, _size(normal), config, _owners)
     refusals = [*plan.refusals, *_fused(normal.graph), *_unknown(normal.graph, values)]

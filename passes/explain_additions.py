@@ -70,7 +70,8 @@ def explain_additions(
 def _of_stream(stream: ResidualStream) -> dict[fx.Node, Explanation]:
     found = {}
     for state in stream.states[1:]:
-        assert state.addition is not None
+        if state.addition is None:  # a norm or the like, in a stream of deltas
+            continue
         if state.addition.is_residual:
             reason = f"residual addition {state.depth} of {len(stream.additions)} of its stream"
             found[state.node] = _told(state.node, "residual", "residual", reason)
@@ -88,11 +89,13 @@ def _explain_others(
 ) -> dict[fx.Node, Explanation]:
     """Additions that are neither in a stream nor refused."""
     reads = Reads(view)
-    root_of = {state.node: stream.states[1] for stream in streams for state in stream.states[1:]}
+    root_of = {}
+    for stream in streams:
+        (first, *_) = (state.addition for state in stream.states if state.addition is not None)
+        root_of.update({state.node: first.previous for state in stream.states[1:]})
 
     def root(value: fx.Node) -> fx.Node:
-        first = root_of[value].addition if value in root_of else None
-        return value if first is None else first.previous
+        return root_of.get(value, value)
 
     pairs = {node: [reads.value_read(o, node) for o in ops.operands(node)] for node in nodes}
     roots = {root(value): None for values in pairs.values() for value in values}

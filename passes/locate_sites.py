@@ -37,8 +37,8 @@ def _branches_after(states: tuple[State, ...]) -> list[fx.Node]:
     """The branches that are added up to the next read."""
     branches: list[fx.Node] = []
     for state in states:
-        assert state.addition is not None
-        branches += state.addition.branch
+        if state.addition is not None:
+            branches += state.addition.branch
         if state.reads:
             break
     return branches

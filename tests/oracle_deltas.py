@@ -44,7 +44,7 @@ class DeltaMixer:
 
     def read(self) -> Tensor:
         depth = len(self._states) - 1
-        if depth == 0:
+        if depth == 0 or (self._name, depth) in self._mixing.left_out:
             return self.state
         bounds = sorted({end for end in self._ends if end < depth} | {depth})
         changes = [self._states[b] - self._states[a] for a, b in pairwise(bounds)]

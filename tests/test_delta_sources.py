@@ -245,19 +245,33 @@ def test_random_queries_equal_the_forward_pass_by_hand(
     compare(case, aggregate, block_sublayers)
 
 
-def compare(case: Case, aggregate: Any, block_sublayers: int) -> None:
+def test_sites_that_are_left_out_read_the_state() -> None:
+    """In BERT attention reads at even depths; 3 layers, so depths 2 and 4 (0 is the root)."""
+    left_out = frozenset(("encoder.layer", depth) for depth in (1, 3, 5, 6))
+    compare(CASES[0], "sum", 2, sites=("*.attention",), left_out=left_out)
+
+
+def compare(
+    case: Case,
+    aggregate: Any,
+    block_sublayers: int,
+    *,
+    sites: tuple[str, ...] | None = None,
+    left_out: frozenset[tuple[str, int]] = frozenset(),
+) -> None:
     """Outputs, gradients of all weights, and of all queries and gains."""
     model, inputs = case.build()
     options: Any = {"aggregate": aggregate, "block_sublayers": block_sublayers}
-    config = AttnResConfig(delta_sources=True, **options)
+    config = AttnResConfig(delta_sources=True, sites=sites, **options)
     converted: Any = attnres_compile.convert(copy.deepcopy(model), (inputs,), config=config)
     randomize(converted)
-    sites = sites_of(converted)
-    for site in sites.values():
+    mixes = sites_of(converted)
+    for site in mixes.values():
         site.query.requires_grad_()
         site.gain.requires_grad_()
     assert case.oracle is not None
-    expected = list(case.oracle(model, Mixing(sites, **options), inputs).values())
+    mixing = Mixing(mixes, left_out=left_out, **options)
+    expected = list(case.oracle(model, mixing, inputs).values())
     found = float_outputs(converted(inputs))
     assert len(found) == len(expected)
     for actual, by_hand in zip(found, expected, strict=True):
@@ -268,8 +282,9 @@ def compare(case: Case, aggregate: Any, block_sublayers: int) -> None:
         if parameter.grad is not None:
             assert_same_gradient(converted.get_parameter(name).grad, parameter.grad, name)
     for stream in converted.plan.streams:
-        for planned in stream.sites[1:]:
-            site = sites[stream.name, planned.depth]
+        assert {(stream.name, s.depth) for s in stream.sites if s.left_out} == left_out
+        for planned in (site for site in stream.sites if site.query_name):
+            site = mixes[stream.name, planned.depth]
             for name, value in ((planned.query_name, site.query), (planned.gain_name, site.gain)):
                 assert_same_gradient(converted.get_parameter(name).grad, value.grad, name)
 

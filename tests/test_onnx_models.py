@@ -116,6 +116,12 @@ def test_options_are_checked_against_the_model() -> None:
         analyse(chain(3), streams=("decoder",))
 
 
+@pytest.mark.parametrize("options", [{"delta_sources": True}, {"sites": ("*",)}])
+def test_options_that_are_for_pytorch_models(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not there for ONNX files; convert the PyTorch model"):
+        analyse(chain(3), **options)
+
+
 def test_two_streams_of_one_module_have_parameters_of_their_own() -> None:
     program = Program()
     x = pre_norm(program, pre_norm(program, "x"))
