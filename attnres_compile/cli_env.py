@@ -12,6 +12,7 @@ from attnres_compile.cli_screen import show
 _PACKAGES = (
     *("attnres-compile", "torch", "triton", "transformers", "safetensors", "networkx", "rich"),
     *("matplotlib", "timm", "torchvision", "accelerate", "peft", "flash-linear-attention"),
+    *("onnx", "onnxruntime"),
 )
 
 
