@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow, Read, Reads
@@ -88,8 +89,34 @@ def find_streams(
     refused |= altered
     if refused and not delta_sources:
         refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
-    fused = explain_fused_additions(view, reads)
-    return StreamAnalysis(tuple(streams), (*refused.values(), *fused))
+    others = [*explain_fused_additions(view, reads), *_inside_operators(graph)]
+    return StreamAnalysis(tuple(streams), (*refused.values(), *others))
+
+
+def _inside_operators(graph: fx.Graph) -> list[Refusal]:
+    """Residual additions in the bodies of loops and branches, which are not entered."""
+    refusals = []
+    for node in graph.nodes:
+        if not isinstance(node.target, HigherOrderOperator):
+            continue
+        name = str(node.target)
+        for body in _bodies(node):
+            inner = find_streams(body.graph)
+            number = sum(len(s.additions) for s in inner.streams) + len(inner.refusals)
+            reason = (
+                f"the residual addition stands in the body of {name}, which is not entered; write "
+                "the loop or branch in Python, so that each turn has sites of its own"
+            )
+            refusal = Refusal("inner-graph", reason, module_path(node), source_line(node))
+            refusals += [refusal] * number
+    return refusals
+
+
+def _bodies(node: fx.Node) -> list[fx.GraphModule]:
+    owner = node.graph.owning_module
+    attributes = [a for a in node.all_input_nodes if a.op == "get_attr"]
+    found = [getattr(owner, str(attribute.target), None) for attribute in attributes]
+    return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
 def _accepted_additions(
