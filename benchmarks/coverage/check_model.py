@@ -135,7 +135,7 @@ def _steps(
         if not all(c.passed for c in compare(expected, actual, torch.float32, allowed)):
             _check_in_float64(model, found["converted"], kwargs)
         if not expected.outputs:
-            raise AssertionError("verify: the model returned no tensor")
+            raise AssertionError("the model returned no tensor")
 
     def stripping() -> None:
         _check_same(attnres_compile.strip(found["converted"]).state_dict(), before)
@@ -183,12 +183,12 @@ def _check_in_float64(model: nn.Module, converted: nn.Module, kwargs: dict[str, 
 
 def _check_same(stripped: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     if stripped.keys() != before.keys():
-        raise AssertionError(f"strip: other names, {sorted(stripped.keys() ^ before.keys())[:3]}")
+        raise AssertionError(f"other names, {sorted(stripped.keys() ^ before.keys())[:3]}")
     for name, tensor in before.items():
         if not torch.equal(stripped[name].view(-1), tensor.view(-1)) and not _both_nan(
             stripped[name], tensor
         ):
-            raise AssertionError(f"strip: {name} differs")
+            raise AssertionError(f"{name} differs")
 
 
 def _both_nan(left: Tensor, right: Tensor) -> bool:

@@ -21,9 +21,9 @@ _CAUSE = 160  # letters of a sentence that a table shows
 Line = dict[str, Any]
 
 
-def report(lines: list[Line], command: str) -> str:
+def report(lines: list[Line], command: str, note: str = "") -> str:
     """A page: what became of how many, what was not converted and why, and the slowest plans."""
-    parts = [_head(lines, command), _summary(lines)]
+    parts = [_head(lines, command), note, _summary(lines)]
     libraries = list(dict.fromkeys(line["library"] for line in lines))
     for library in libraries:
         parts += _library(library, [line for line in lines if line["library"] == library])
@@ -35,8 +35,10 @@ def _head(lines: list[Line], command: str) -> str:
     return f"""# Coverage
 
 {len(lines)} models with random weights, tiny where their library lets them be, were taken
-through a whole conversion by `{command}`: planned, converted, verified (outputs and gradients,
-`aggregate="sum"`), stripped bit for bit, and one optimizer step.
+through a whole conversion: planned, converted, verified (outputs and gradients, `aggregate="sum"`),
+stripped bit for bit, and one optimizer step. Command:
+
+`{command}`
 
 - **converted**: all of that holds. Other additions of the same model may be refused beside it.
 - **refused**: the plan has no stream, and says why.
@@ -125,8 +127,9 @@ def main() -> int:
     parser.add_argument(
         "--command", default="python benchmarks/coverage/sweep.py", help="how they were made"
     )
+    parser.add_argument("--note", default="", help="a paragraph on how to read them")
     args = parser.parse_args()
-    sys.stdout.write(report(read_results(args.results), args.command))
+    sys.stdout.write(report(read_results(args.results), args.command, args.note))
     return 0
 
 

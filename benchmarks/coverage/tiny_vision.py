@@ -100,8 +100,11 @@ def _timm(timm: Any, name: str, settings: dict[str, Any], side: int) -> nn.Modul
 
 
 def _made(make: Any) -> nn.Module:
-    with torch.device("meta"):
-        count = sum(p.numel() for p in make().parameters())
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in make().parameters())
+    except NotImplementedError:  # it reads numbers while it is made, as torchvision's RegNet does
+        count = 0
     if count > MOST_PARAMETERS:
         raise ValueError(f"{count:,} parameters are too many")
     with torch.random.fork_rng(devices=[]):
