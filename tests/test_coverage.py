@@ -183,11 +183,13 @@ def test_the_tables() -> None:
             line("B", "refused", refusals={"post-norm": 4}, reasons={"post-norm": "the norm (x)"}),
             line("C", "capture failed", detail="a graph | break"),
             line("D", "converted", additions=2),
+            line("E", "converted", additions=3, delta_sources=True),
         ],
         "the command",
     )
-    assert "| transformers | 2 | 1 | 1 | 0 | 0 | 0 | 67% |" in page
-    assert "A (6), D (2)." in page
+    assert "| transformers | 3 | 1 | 1 | 0 | 0 | 0 | 75% | 1 |" in page
+    assert "Converted, with the number of residual additions: A (6), D (2)." in page
+    assert "Converted by delta_sources, with the number of residual additions: E (3)." in page
     assert "| b | B | refused | 4 x post-norm |" in page
     assert "| c | C | capture failed | a graph \\| break |" in page
     assert "| post-norm | 1 | B: the norm (x) |" in page

@@ -40,6 +40,7 @@ class Result:
         refusals: by kind, how many additions were refused; also beside streams that convert.
         reasons: by kind, the sentence and place of the first of them.
         seconds: of each step that ran.
+        delta_sources: whether streams were looked for that this option is for.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Result:
     additions: int = 0
     sites: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    delta_sources: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -74,10 +76,10 @@ def builder(library: str, name: str) -> tuple[str, Callable[[], Built]]:
     raise ValueError(f"no library {library!r}")
 
 
-def check(library: str, name: str) -> Result:
+def check(library: str, name: str, *, delta_sources: bool = False) -> Result:
     """Builds a model and takes it through a conversion; never raises for what the model does."""
     family, make = builder(library, name)
-    result = Result(name, library, family)
+    result = Result(name, library, family, delta_sources=delta_sources)
     try:
         with _timed(result, "build"):
             model, kwargs, result.detail = make()
@@ -111,13 +113,14 @@ def _steps(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """The steps in order; each uses what the ones before it left in `found`."""
     found: dict[str, Any] = {}
+    config = AttnResConfig(delta_sources=result.delta_sources)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def capturing() -> None:
         found["captured"] = capture(model, (), kwargs)
 
     def planning() -> None:
-        found["plan"] = plan_of_capture(found.pop("captured"), model, AttnResConfig())
+        found["plan"] = plan_of_capture(found.pop("captured"), model, config)
 
     def reading() -> None:
         _read_plan(found["plan"], result)

@@ -41,6 +41,7 @@ stripped bit for bit, and one optimizer step. Command:
 `{command}`
 
 - **converted**: all of that holds. Other additions of the same model may be refused beside it.
+  What was refused was tried again with `delta_sources=True`, which goes beyond the paper.
 - **refused**: the plan has no stream, and says why.
 - **capture failed**: Dynamo could not trace the model whole.
 - **wrong**: a difference or an error of ours: a bug.
@@ -54,8 +55,9 @@ def _summary(lines: list[Line]) -> str:
         counts = Counter(line["status"] for line in lines if line["library"] == library)
         captured = counts["converted"] + counts["refused"] + counts["wrong"]
         share = f"{counts['converted'] / captured:.0%}" if captured else "-"
-        rows.append([library, *(counts[status] for status in STATUSES), share])
-    heads = ["library", *STATUSES, "converted, of those captured"]
+        opted = sum(_by_option(line) for line in lines if line["library"] == library)
+        rows.append([library, *(counts[status] for status in STATUSES), share, opted])
+    heads = ["library", *STATUSES, "converted, of those captured", "of them by delta_sources"]
     return _table(heads, rows)
 
 
@@ -63,13 +65,24 @@ def _library(library: str, lines: list[Line]) -> Iterator[str]:
     yield f"## {library}"
     converted = [line for line in lines if line["status"] == "converted"]
     if converted:
-        names = ", ".join(f"{line['model']} ({line['additions']})" for line in converted)
-        yield f"Converted, with the number of residual additions: {names}."
+        for title, by_option in (("Converted", False), ("Converted by delta_sources", True)):
+            names = [
+                f"{line['model']} ({line['additions']})"
+                for line in converted
+                if _by_option(line) == by_option
+            ]
+            if names:
+                yield f"{title}, with the number of residual additions: {', '.join(names)}."
     rest = [line for line in lines if line["status"] != "converted"]
     rest.sort(key=lambda line: (STATUSES.index(line["status"]), line["family"]))
     if rest:
         rows = [[line["family"], line["model"], line["status"], _cause(line)] for line in rest]
         yield _table(["family", "model", "", "why"], rows)
+
+
+def _by_option(line: Line) -> bool:
+    """Whether it is converted by an option that goes beyond the paper."""
+    return line["status"] == "converted" and line.get("delta_sources", False)
 
 
 def _cause(line: Line) -> str:

@@ -2,6 +2,7 @@
 
     python benchmarks/coverage/sweep.py --output coverage.jsonl            # one per family
     python benchmarks/coverage/sweep.py --output coverage.jsonl --all --jobs 8
+    python benchmarks/coverage/sweep.py --output coverage.jsonl --delta-sources   # what was refused
 
 A line of JSON per model is appended to the output; models that have a line are not run again, so
 that a sweep that was stopped goes on. `report.py` makes the tables.
@@ -66,13 +67,16 @@ class Running:
     started: float
 
 
-def sweep(todo: list[Task], *, jobs: int, limit: float) -> Iterator[dict[str, Any]]:
+def sweep(
+    todo: list[Task], *, jobs: int, limit: float, delta_sources: bool = False
+) -> Iterator[dict[str, Any]]:
     """Results as they come, of one process per model with a time limit.
 
     Args:
         todo: library and name of each model.
         jobs: processes at a time.
         limit: seconds that a model may take.
+        delta_sources: look for the streams that this option is for.
     """
     # The server starts without this process's sys.path, and ignores modules it does not find.
     here = str(Path(__file__).resolve().parent)
@@ -84,7 +88,7 @@ def sweep(todo: list[Task], *, jobs: int, limit: float) -> Iterator[dict[str, An
         while waiting and len(running) < jobs:
             task = waiting.pop()
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(task, send), daemon=True)
+            process = context.Process(target=_work, args=(task, send, delta_sources), daemon=True)
             process.start()
             send.close()
             running[receive] = Running(task, process, time.monotonic())
@@ -118,11 +122,11 @@ def _lost(task: Task, status: str, detail: str) -> dict[str, Any]:
     return Result(name, library, builder(library, name)[0], status, detail).to_json()
 
 
-def _work(task: Task, send: Connection) -> None:
+def _work(task: Task, send: Connection, delta_sources: bool) -> None:
     from check_model import check
 
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
-    send.send(check(*task).to_json())
+    send.send(check(*task, delta_sources=delta_sources).to_json())
     send.close()
 
 
@@ -163,15 +167,23 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", metavar="NAME", help="these only, anew")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--time-limit", type=float, default=180, metavar="SECONDS")
+    parser.add_argument(
+        "--delta-sources",
+        action="store_true",
+        help="anew what was refused so far, with this option",
+    )
     args = parser.parse_args()
 
     everything = tasks(args.libraries, every_class=args.all or bool(args.models))
     chosen = everything[args.offset :: args.every]
-    known = {(line["library"], line["model"]) for line in read_results(args.output)}
+    lines = read_results(args.output)
+    refused = [line for line in lines if line["status"] == "refused" and not line.get("delta_sources")]
+    again = {(line["library"], line["model"]) for line in refused} if args.delta_sources else set()
+    known = {(line["library"], line["model"]) for line in lines} - again
     if args.models:
         chosen, known = [task for task in everything if task[1] in args.models], set()
-    todo = [task for task in chosen if task not in known]
-    results = sweep(todo, jobs=args.jobs, limit=args.time_limit)
+    todo = [task for task in chosen if task in again or (task not in known and not again)]
+    results = sweep(todo, jobs=args.jobs, limit=args.time_limit, delta_sources=args.delta_sources)
     _show(todo, len(chosen) - len(todo), results, args.output)
     wrong = [r for r in read_results(args.output) if r["status"] == "wrong"]
     print(f"{len(wrong)} wrong in {args.output}", file=sys.stderr)
