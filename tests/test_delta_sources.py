@@ -164,7 +164,15 @@ PLANNED_ONLY: list[Any] = [
         marks=pytest.mark.slow,
     ),
 ]
+
+
+def with_slow(cases: list[Any], names: set[str]) -> list[Any]:
+    """Cases by name behind the slow marker; the forward passes by hand take them all anyway."""
+    return [pytest.param(c, marks=pytest.mark.slow) if str(c) in names else c for c in cases]
+
+
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
+PLANS_ALIKE = {"resnet", "roberta", "transformer"}
 CONFIG = AttnResConfig(block_sublayers=2, delta_sources=True)
 
 
@@ -172,7 +180,7 @@ def arguments(case: Case, inputs: Tensor) -> tuple[Any, ...]:
     return (inputs, inputs) if case.name == "transformer" else (inputs,)
 
 
-@pytest.mark.parametrize("case", [*CASES, *PLANNED_ONLY], ids=str)
+@pytest.mark.parametrize("case", with_slow([*CASES, *PLANNED_ONLY], PLANS_ALIKE), ids=str)
 def test_counts_and_both_routes(case: Case) -> None:
     """A site at every depth; one less query than sites in every stream; by both routes alike."""
     model, inputs = case.build()
@@ -197,7 +205,7 @@ def shape_of_plan(plan: Any) -> Any:
     ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *PLANNED_ONLY], ids=str)
+@pytest.mark.parametrize("case", with_slow([*CASES, *PLANNED_ONLY], PLANS_ALIKE), ids=str)
 def test_off_by_default_and_offered(case: Case) -> None:
     model, inputs = case.build()
     plan = attnres_compile.plan(model, arguments(case, inputs))
@@ -212,7 +220,7 @@ def test_off_by_default_and_offered(case: Case) -> None:
         plan.require_streams()
 
 
-@by_case
+@pytest.mark.parametrize("case", with_slow(CASES, {"resnet", "bert"}), ids=str)
 def test_lossless_and_stripped(case: Case) -> None:
     """Outputs and gradients at zero queries; then with random ones everything learns."""
     model, inputs = case.build()
@@ -347,8 +355,6 @@ def test_exported() -> None:
     converted, inputs = converted_encoder()
     program = attnres_compile.export(converted, (inputs,))
     assert relative_error(program.module()(inputs), converted(inputs)) <= TOLERANCE
-    decomposed = attnres_compile.export(converted, (inputs,), decompose=True)
-    assert relative_error(decomposed.module()(inputs), converted(inputs)) <= TOLERANCE
 
 
 def test_graphs_are_converted_too() -> None:
@@ -431,6 +437,7 @@ def test_checkpointed_layers_are_entered() -> None:
         assert_same_gradient(checkpointed.gradients[name], gradient, name)
 
 
+@pytest.mark.slow
 def test_a_model_with_and_one_without_in_one_graph() -> None:
     """Each of two converted models in an outer compile keeps its own kind of analysis."""
     first, inputs = converted_encoder()

@@ -32,6 +32,10 @@ def analyse(body: Body | nn.Module, *inputs: Any, route: str = "symbolic") -> St
     return find_streams(trace(body, *inputs, route=route).graph, delta_sources=True)
 
 
+# That graphs of torch.export are read alike shows in tests of other passes too.
+EACH_ROUTE = [pytest.param(r, marks=pytest.mark.slow) if r == "export" else r for r in ROUTES]
+
+
 def names(analysis: StreamAnalysis) -> list[list[tuple[int, str]]]:
     """Depth and operation of every state with a site, per stream; without the root."""
     return [
@@ -72,7 +76,7 @@ STEPS: dict[str, Body] = {
 }
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", EACH_ROUTE)
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_two_steps_are_a_stream(step: Body, route: str) -> None:
     found = analyse(twice(step), route=route)
@@ -274,7 +278,7 @@ NOT_FOLLOWED: dict[str, tuple[Body, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", EACH_ROUTE)
 @pytest.mark.parametrize(("step", "kinds"), NOT_FOLLOWED.values(), ids=NOT_FOLLOWED)
 def test_what_is_not_followed(step: Body, kinds: list[str], route: str) -> None:
     found = analyse(twice(step), torch.randn(2, WIDTH, WIDTH), route=route)
@@ -303,7 +307,7 @@ def test_one_sublayer_is_too_few() -> None:
     assert depths(analyse(lambda m, x: m.h(between(m, F.relu(x))))) == [2]
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", EACH_ROUTE)
 def test_a_state_that_is_overwritten_is_refused(route: str) -> None:
     found = analyse(twice(lambda m, x: m.norm(x.add_(m.f(x)))), route=route)
     assert not found.streams

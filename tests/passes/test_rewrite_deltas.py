@@ -249,7 +249,7 @@ def test_sources_of_a_resnet_sum_to_the_states() -> None:
     check(rewrite(relu_in_place, x, config=BLOCKS), x)
 
 
-@pytest.mark.parametrize("route", ["dynamo", "export"])
+@pytest.mark.parametrize("route", ["dynamo", pytest.param("export", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("body", "counts"), CHAINS.values(), ids=CHAINS)
 def test_every_route_gets_the_same_mixes(body: Body, counts: list[int], route: str) -> None:
     expected = rewrite(body, config=BLOCKS)
