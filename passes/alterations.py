@@ -181,10 +181,12 @@ def _altered(node: fx.Node) -> fx.Node | None:
     if name in ops.REARRANGEMENTS:
         return largest_part(node)
     operands = ops.operands(node)
-    same = [operand for operand in operands if shape_of(operand) == shape_of(node)]
     if name in ops.DROPOUTS or (name in ops.CASTS and operands):
         return operands[0]
-    if name not in ("mul", "div") or len(same) != 1:
+    if name not in ("mul", "div"):
+        return None  # also of what gives no value, as `x[i] = y` does
+    same = [operand for operand in operands if shape_of(operand) == shape_of(node)]
+    if len(same) != 1:
         return None
     constant = all(operand is same[0] or _is_scale(operand) for operand in operands)
     return same[0] if constant else None

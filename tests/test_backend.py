@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
     "name",
     [
         "vit",
-        "preact_resnet",
+        pytest.param("preact_resnet", marks=pytest.mark.slow),
         pytest.param("gpt2", marks=pytest.mark.slow),
         pytest.param("t5", marks=pytest.mark.slow),
     ],

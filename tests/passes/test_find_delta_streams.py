@@ -314,3 +314,14 @@ def test_a_state_that_is_overwritten_is_refused(route: str) -> None:
     assert refused(found) == ["overwritten"] * 2
     in_the_branch = analyse(twice(lambda m, x: m.norm(m.f(x).add_(x))), route=route)
     assert depths(in_the_branch) == [2]
+
+
+def test_a_carrier_that_is_filled_in_place_is_none() -> None:
+    """The write gives no value, and is still what the scaled carrier goes back to."""
+
+    def filled(m: Any, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, 1:] = x[:, 1:]
+        return y * 0.5 + m.f(x)
+
+    assert not analyse(twice(filled), route="dynamo").streams
