@@ -138,6 +138,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return list({(line["library"], line["model"]): line for line in lines}.values())
 
 
+def _may_have_deltas(line: dict[str, Any] | None) -> bool:
+    """Whether a model was refused, without the option."""
+    return line is not None and line["status"] == "refused" and not line.get("delta_sources")
+
+
 def _show(todo: list[Task], done: int, results: Iterator[dict[str, Any]], path: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -175,16 +180,14 @@ def main() -> int:
     args = parser.parse_args()
 
     everything = tasks(args.libraries, every_class=args.all or bool(args.models))
-    chosen = everything[args.offset :: args.every]
-    lines = read_results(args.output)
-    refused = [
-        line for line in lines if line["status"] == "refused" and not line.get("delta_sources")
-    ]
-    again = {(line["library"], line["model"]) for line in refused} if args.delta_sources else set()
-    known = {(line["library"], line["model"]) for line in lines} - again
+    lines = {(line["library"], line["model"]): line for line in read_results(args.output)}
     if args.models:
-        chosen, known = [task for task in everything if task[1] in args.models], set()
-    todo = [task for task in chosen if task in again or (task not in known and not again)]
+        chosen = todo = [task for task in everything if task[1] in args.models]
+    elif args.delta_sources:
+        chosen = todo = [t for t in everything if _may_have_deltas(lines.get(t))]
+    else:
+        chosen = everything[args.offset :: args.every]
+        todo = [task for task in chosen if task not in lines]
     results = sweep(todo, jobs=args.jobs, limit=args.time_limit, delta_sources=args.delta_sources)
     _show(todo, len(chosen) - len(todo), results, args.output)
     wrong = [r for r in read_results(args.output) if r["status"] == "wrong"]
