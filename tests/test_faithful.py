@@ -34,7 +34,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param({"num_blocks": 1}, id="1"),
+        pytest.param({"num_blocks": 1}, id="1", marks=pytest.mark.slow),
         pytest.param({"num_blocks": 3}, id="3"),
         pytest.param({"num_blocks": 8}, id="8", marks=pytest.mark.slow),
         pytest.param({"block_sublayers": 1}, id="full"),
