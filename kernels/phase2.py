@@ -84,7 +84,7 @@ def phase2(
         norm_dtype: of ``normed``; None for that of the mix.
         wants_mix: whether somebody reads the mix itself.
         dim: the channel dimension.
-        kernels: "reference" or "triton".
+        kernels: "reference", "cpp" or "triton".
 
     Returns:
         The partial sum if there are two addends (a stand-in for a single one, else of shape [0]);
