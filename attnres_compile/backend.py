@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from attnres_compile.errors import BackendError
-from attnres_compile.kernels import cpp_calls
 from attnres_compile.passes.lower import Kernels, lower
 from attnres_compile.passes.outline_checkpoints import recompute_tags
 from attnres_compile.rewriting import rewrite_dynamo_graph
@@ -68,21 +67,20 @@ def compile_rewritten(
         BackendError: kernels that cannot run here, or no C++ compiler where one is needed.
     """
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
+    from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
+
     try:
-        implementations = lower(module.graph, kernels)
+        lower(module.graph, kernels)
         module.graph.lint()
         module.recompile()
         recompute_tags(module.graph)
         with torch._inductor.config.patch(patches or {}):
-            decompositions = dict(select_decomp_table())
-        if implementations == {"cpp"}:
-            decompositions |= cpp_calls.decompositions()
-        compiled: Any = compile_fx(
-            module, inputs, config_patches=patches, decompositions=decompositions
-        )
+            passes = get_custom_graph_passes(torch._inductor.config.post_grad_custom_post_pass)
+        patches = {**(patches or {}), "post_grad_custom_post_pass": [*passes, InlineCppPhases()]}
+        compiled: Any = compile_fx(module, inputs, config_patches=patches)
     except (InductorError, InvalidCxxCompiler) as error:
         cause = error.inner_exception if isinstance(error, InductorError) else error
         if not isinstance(cause, InvalidCxxCompiler):

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from attnres_compile.kernels import cpp_phases
+from attnres_compile.kernels import cpp_library, cpp_phases
 from attnres_compile.passes.fuse_neighbours import fuse_neighbours
 from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.schedule_two_phase import Mix, schedule_two_phase
@@ -76,7 +76,7 @@ def _assign(node: fx.Node, kernels: Kernels) -> Implementation:
 
         check_device(source)
     else:
-        cpp_phases.prepare(source.dtype)
+        cpp_library.prepare(source.dtype)
     name: Implementation = "triton" if on_gpu else "cpp"
     if "kernels" in node.kwargs:
         node.update_kwarg("kernels", name)

@@ -14,7 +14,7 @@ import backend_checks
 from attnres_compile import rewriting
 from attnres_compile.errors import BackendError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_phases
+from attnres_compile.kernels import cpp_library, cpp_phases
 from backend_checks import check_as_eager, check_training, compile_with, converted_model
 from tolerances import relative_error
 
@@ -93,15 +93,13 @@ def test_other_sizes_compile_at_most_once_more(
 
 def test_the_cpp_library_really_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    for name in ("complete", "phase1", "phase2", "phase1_backward", "phase2_backward"):
+    function = cpp_library._function
 
-        def watched(
-            *args: object, of: str = name, run: object = getattr(cpp_phases, name)
-        ) -> object:
-            ran.append(of)
-            return run(*args)  # type: ignore[operator]
+    def watched(name: str, dtype: torch.dtype) -> object:
+        ran.append(name)
+        return function(name, dtype)
 
-        monkeypatch.setattr(cpp_phases, name, watched)
+    monkeypatch.setattr(cpp_library, "_function", watched)
     check_as_eager("llama", "auto")
     assert {"complete", "phase1", "phase2", "phase1_backward", "phase2_backward"} <= set(ran)
 

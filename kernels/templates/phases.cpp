@@ -3,15 +3,17 @@
 //
 // All tensors are contiguous with the channels last: `tokens` rows of `width` elements. Rows stay
 // in the first-level cache while a token is worked on, so each is read from memory once. Every
-// thread has a contiguous run of tokens, so that results do not vary from run to run; sums over
-// tokens are formed per thread in `[threads, ...]` and added up by the caller. Null pointers stand
-// for what is missing or what nobody wants.
+// thread has a contiguous run of tokens, and sums over tokens are formed per thread and added up in
+// the order of threads, so that results do not vary from run to run. Null pointers stand for what
+// is missing or what nobody wants. Arguments are in the order of the schemas in cpp_library.py,
+// results last, and after them the sizes.
 
 // Sources -----------------------------------------------------------------------------------------
 
-extern "C" void complete(const Element *first, const Element *second, Element *source,
-                         const Real *queries, Real *logits, Real *inverse_rms, int64_t sites,
-                         double eps, int64_t tokens, int64_t width, int threads) {
+extern "C" void complete(const Element *first, const Element *second, const Element *bias,
+                         const Real *queries, int64_t sites, double eps, Element *source,
+                         Real *logits, Real *inverse_rms, int64_t tokens, int64_t width,
+                         int64_t threads) {
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
     auto query_rows = rows_of(queries, sites, width);
     for (int64_t t = begin; t < end; ++t) {
@@ -21,7 +23,9 @@ extern "C" void complete(const Element *first, const Element *second, Element *s
         const Element *other = second + t * width;
         Element *sum = source + t * width;
         each(width, EACH {
-          auto value = rounded(load<KIND>(row + d) + load<KIND>(other + d), row);
+          auto addend = load<KIND>(other + d);
+          if (bias) addend += load<KIND>(bias + d);
+          auto value = rounded(load<KIND>(row + d) + addend, row);
           store(sum + d, value);
           squares.add(way, value * value);
         });
@@ -40,14 +44,15 @@ extern "C" void complete(const Element *first, const Element *second, Element *s
   });
 }
 
-extern "C" void complete_backward(const Element *grad_source, const Real *grad_logits,
-                                  const Element *source, const Real *queries, const Real *logits,
-                                  const Real *inverse_rms, Element *grad, Real *grad_queries,
-                                  int64_t sites, int64_t tokens, int64_t width, int threads) {
+extern "C" void complete_backward(const Element *source, const Element *grad_source,
+                                  const Real *grad_logits, const Real *queries, int64_t sites,
+                                  const Real *logits, const Real *inverse_rms, Element *grad,
+                                  Real *grad_queries, int64_t tokens, int64_t width,
+                                  int64_t threads) {
+  Shares shares(grad_queries ? threads : 0, sites * width);
   over_tokens(tokens, threads, [&](int thread, int64_t begin, int64_t end) {
     auto query_rows = rows_of(queries, sites, width);
-    Real *own_sums = grad_queries ? grad_queries + thread * sites * width : nullptr;
-    auto sum_rows = rows_of(own_sums, sites, width);
+    auto sum_rows = rows_of(shares.of(thread), sites, width);
     std::vector<Real> slopes(sites * TOKENS), totals(TOKENS * width);
     auto total_rows = rows_of(totals.data(), TOKENS, width);
     in_batches(begin, end, [&](int64_t t, int64_t some) {
@@ -59,7 +64,7 @@ extern "C" void complete_backward(const Element *grad_source, const Real *grad_l
           towards_self[u] += grad_logits[at] * logits[at];
         }
       auto source_rows = rows_of(source + t * width, some, width);
-      if (own_sums)
+      if (grad_queries)
         combine(source_rows.data(), some, slopes.data(), TOKENS, 1, sum_rows.data(),
                 sum_rows.data(), sites, width);
       if (!grad) return;
@@ -75,13 +80,14 @@ extern "C" void complete_backward(const Element *grad_source, const Real *grad_l
       }
     });
   });
+  shares.add_up(grad_queries, 0, sites * width);
 }
 
 // All sites of a block over its completed sources -------------------------------------------------
 
-extern "C" void phase1(const Element **sources, const Real **logits, Element **mixes,
-                       Real *statistics, int64_t count, int64_t sites, int64_t tokens,
-                       int64_t width, int threads) {
+extern "C" void phase1(const Element **sources, const Real **logits, int64_t count,
+                       int64_t sites, Element **mixes, Real *statistics, int64_t tokens,
+                       int64_t width, int64_t threads) {
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
     std::vector<Real> alphas(sites * count * TOKENS);
     std::vector<const Element *> source_rows(count);
@@ -116,17 +122,23 @@ extern "C" void phase1(const Element **sources, const Real **logits, Element **m
   });
 }
 
-extern "C" void phase1_backward(const Element **grad_mixes, const Real *grad_statistics,
-                                const Element **grad_carriers, const Element **sources,
-                                const Real **logits, const Real *statistics, Element **grads,
-                                Real *grad_logits, int64_t count, int64_t sites, int64_t tokens,
-                                int64_t width, int threads) {
+// Gradients have arrived for the sites `mixed` and the sources `arrived`; those of the sources
+// `wanted` are wanted.
+extern "C" void phase1_backward(const Element **sources, const Real **logits, int64_t count,
+                                int64_t sites, const Real *statistics, const Element **grad_mixes,
+                                const int64_t *mixed, int64_t mixes, const Real *grad_statistics,
+                                const Element **grad_carriers, const int64_t *arrived,
+                                int64_t arrivals, Element **grads, const int64_t *wanted,
+                                int64_t wants, Real *grad_logits, int64_t tokens, int64_t width,
+                                int64_t threads) {
+  auto all_mixes = placed(grad_mixes, mixed, mixes, sites);
+  auto all_carriers = placed(grad_carriers, arrived, arrivals, count);
+  auto all_grads = placed(grads, wanted, wants, count);
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
     std::vector<Real> alphas(count * sites * TOKENS), slopes(sites);
     std::vector<Element> zeros(width), unwanted(width);
     std::vector<const Element *> mix_rows(sites), carrier_rows(count);
     std::vector<Element *> grad_rows(count);
-    bool wants_sources = std::any_of(grads, grads + count, [](Element *grad) { return grad; });
     in_batches(begin, end, [&](int64_t t, int64_t some) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < sites; ++j)
@@ -136,10 +148,10 @@ extern "C" void phase1_backward(const Element **grad_mixes, const Real *grad_sta
                 logits[i][j * tokens + t + u] - statistics[2 * j * tokens + t + u]);
       for (int64_t u = 0; u < some; ++u) {
         int64_t offset = (t + u) * width;
-        rows_at(mix_rows, grad_mixes, offset, (const Element *)zeros.data());
-        rows_at(carrier_rows, grad_carriers, offset);
-        rows_at(grad_rows, grads, offset, unwanted.data());
-        if (wants_sources)
+        rows_at(mix_rows, all_mixes.data(), offset, (const Element *)zeros.data());
+        rows_at(carrier_rows, all_carriers.data(), offset);
+        rows_at(grad_rows, all_grads.data(), offset, unwanted.data());
+        if (wants)
           combine(mix_rows.data(), sites, &alphas[u], sites * TOKENS, TOKENS, carrier_rows.data(),
                   grad_rows.data(), count, width);
         for (int64_t i = 0; grad_logits && i < count; ++i) {
@@ -159,14 +171,15 @@ extern "C" void phase1_backward(const Element **grad_mixes, const Real *grad_sta
 // One site ----------------------------------------------------------------------------------------
 
 // `direct` are the completed sources and, last, the partial sum, if there is one: then `branch` is
-// null or is added to it, into `partial`. `saved` holds a row of logits per direct source, then
+// null or is added to it, with `branch_bias`, into `partial`. `saved` holds a row of logits per direct source, then
 // one of inverse RMS per direct source, then the norm's scale and mean. `wide` says that normed
 // rows are of type Real.
-extern "C" void phase2(const Element *before, const Real *statistics, const Element **direct,
-                       int64_t count, const Element *branch, Element *partial, const Real *query,
-                       double eps, double factor, int norm, const Real *weight, const Real *bias,
-                       double norm_eps, Element *mixed, void *normed, int wide, Real *saved,
-                       int64_t tokens, int64_t width, int threads) {
+extern "C" void phase2(const Element *before, const Element **direct, int64_t count,
+                       const Real *statistics, const Element *branch, const Element *branch_bias,
+                       const Real *query, double eps, double factor, int64_t norm,
+                       const Real *weight, const Real *bias, double norm_eps, int64_t wide,
+                       Element *partial, Element *mixed, void *normed, Real *saved,
+                       int64_t tokens, int64_t width, int64_t threads) {
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
     int64_t first = before != nullptr;
     std::vector<Real> row(width), betas(first + count);
@@ -183,7 +196,9 @@ extern "C" void phase2(const Element *before, const Real *statistics, const Elem
           const Element *more = branch + t * width;
           Element *sum = partial + t * width;
           each(width, EACH {
-            auto value = rounded(load<KIND>(source + d) + load<KIND>(more + d), source);
+            auto addend = load<KIND>(more + d);
+            if (branch_bias) addend += load<KIND>(branch_bias + d);
+            auto value = rounded(load<KIND>(source + d) + addend, source);
             store(sum + d, value);
             squares.add(way, value * value);
             along.add(way, value * load<KIND>(query + d));
@@ -216,20 +231,23 @@ extern "C" void phase2(const Element *before, const Real *statistics, const Elem
   });
 }
 
-// `sums` is [threads, 3, width]: towards the query, the norm's weight and its bias.
-extern "C" void phase2_backward(const Element *grad_partial, const Element *grad_mixed,
-                                const void *grad_normed, int wide, const Element *before,
-                                const Real *statistics, const Element **direct, int64_t count,
-                                const Real *query, double factor, int norm, const Real *weight,
-                                const Real *saved, Element *grad_before, Real *grad_statistics,
-                                Element **grads, Real *sums, int64_t tokens, int64_t width,
-                                int threads) {
+extern "C" void phase2_backward(const Element *before, const Element **direct, int64_t count,
+                                const Real *statistics, const Element *grad_partial,
+                                const Element *grad_mixed, const void *grad_normed, int64_t wide,
+                                const Real *query, double factor, int64_t norm,
+                                const Real *weight, const Real *saved, Element *grad_before,
+                                Real *grad_statistics, Element **grads, const int64_t *wanted,
+                                int64_t wants, Real *grad_query, Real *grad_weight,
+                                Real *grad_bias, Real *grad_branch_bias, int64_t tokens,
+                                int64_t width, int64_t threads) {
+  auto all_grads = placed(grads, wanted, wants, count);
+  Shares shares(threads, 4 * width);
   over_tokens(tokens, threads, [&](int thread, int64_t begin, int64_t end) {
     int64_t first = before != nullptr, all = first + count;
     std::vector<Real> row(width), total(width), scratch(width), betas(all), slopes(all);
     std::vector<const Element *> rows(all);
-    Real *to_query = sums + thread * 3 * width, *to_weight = to_query + width,
-         *to_bias = to_weight + width;
+    Real *to_query = shares.of(thread), *to_weight = to_query + width,
+         *to_bias = to_weight + width, *to_branch_bias = to_bias + width;
     for (int64_t t = begin; t < end; ++t) {
       if (before) {
         rows[0] = before + t * width;
@@ -274,7 +292,8 @@ extern "C" void phase2_backward(const Element *grad_partial, const Element *grad
         Real towards_query = betas[first + k] * (slopes[first + k] - expected) * inverse;
         Real towards_self = towards_query * inverse * logit / width;
         const Element *more = k == count - 1 && grad_partial ? grad_partial + t * width : nullptr;
-        Element *out = grads[k] ? grads[k] + t * width : nullptr;
+        Element *out = all_grads[k] ? all_grads[k] + t * width : nullptr;
+        bool sums_grad = k == count - 1 && grad_branch_bias;
         each(width, EACH {
           auto value = load<KIND>(source + d);
           store(to_query + d, load<KIND>(to_query + d) + towards_query * value);
@@ -283,8 +302,13 @@ extern "C" void phase2_backward(const Element *grad_partial, const Element *grad
                       + towards_query * load<KIND>(query + d) - towards_self * value;
           if (more) grad += load<KIND>(more + d);
           store(out + d, grad);
+          if (sums_grad) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
         });
       }
     }
   });
+  shares.add_up(grad_query, 0, width);
+  shares.add_up(grad_weight, width, width);
+  shares.add_up(grad_bias, 2 * width, width);
+  shares.add_up(grad_branch_bias, 3 * width, width);
 }

@@ -222,13 +222,30 @@ void softmax(std::vector<Real> &logits) {
   for (Real &each : logits) each /= total;
 }
 
-template <typename Body> void over_tokens(int64_t tokens, int threads, Body body) {
+template <typename Body> void over_tokens(int64_t tokens, int64_t threads, Body body) {
 #pragma omp parallel num_threads(threads)
   {
     int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
     body(int(thread), tokens * thread / all, tokens * (thread + 1) / all);
   }
 }
+
+// Sums over tokens, formed by every thread on its own.
+class Shares {
+  int64_t size;
+  std::vector<Real> sums;
+
+public:
+  Shares(int64_t threads, int64_t size) : size(size), sums(threads * size) {}
+  Real *of(int64_t thread) { return sums.data() + thread * size; }
+  // Adds up a stretch of all threads' sums, where there is somebody who wants it.
+  void add_up(Real *out, int64_t begin, int64_t width) const {
+    if (!out) return;
+    std::fill_n(out, width, Real(0));
+    for (size_t from = begin; from < sums.size(); from += size)
+      for (int64_t d = 0; d < width; ++d) out[d] += sums[from + d];
+  }
+};
 
 constexpr int64_t TOKENS = 16;  // that are worked on together
 
@@ -241,6 +258,14 @@ template <typename Body> void in_batches(int64_t begin, int64_t end, Body body) 
 template <typename Row>
 void rows_at(std::vector<Row *> &rows, Row *const *tensors, int64_t offset, Row *absent = nullptr) {
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = tensors[i] ? tensors[i] + offset : absent;
+}
+
+// `some` tensors at their places among `count`, and nulls.
+template <typename Row>
+std::vector<Row *> placed(Row *const *tensors, const int64_t *places, int64_t some, int64_t count) {
+  std::vector<Row *> all(count);
+  for (int64_t i = 0; i < some; ++i) all[places[i]] = tensors[i];
+  return all;
 }
 
 template <typename Row> std::vector<Row *> rows_of(Row *matrix, int64_t count, int64_t width) {

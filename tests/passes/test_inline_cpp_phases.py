@@ -1,0 +1,97 @@
+"""What becomes of the C++ phases in the graphs that Inductor lowers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from attnres_compile.functional import attnres
+from attnres_compile.passes.inline_cpp_phases import NAMES, InlineCppPhases
+from tolerances import relative_error
+
+WRITING = {f"attnres.cpp_{name}.default" for name in NAMES}
+PHASES = {f"attnres.{name}.default" for name in NAMES}
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The operators in every graph after the pass."""
+    found: set[str] = set()
+    inline = InlineCppPhases.__call__
+
+    def watched(self: InlineCppPhases, graph: fx.Graph) -> None:
+        inline(self, graph)
+        graph.lint()
+        found.update(str(node.target) for node in graph.nodes)
+
+    monkeypatch.setattr(InlineCppPhases, "__call__", watched)
+    return found
+
+
+def errors(
+    kernels: str, lengths: tuple[int, ...] = (5,), **options: Any
+) -> list[tuple[float, float]]:
+    """Of the output and two gradients of a network of two blocks, compiled; for each length."""
+    weight, queries = torch.randn(8, 8), torch.randn(5, 8, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        blocks, partial = [x, torch.sin(x), torch.cos(x)], x * 0
+        for query in queries.unbind():
+            partial = partial + torch.tanh(attnres([*blocks, partial], query) @ weight)
+        return partial
+
+    def run(function: Any, x: Tensor) -> list[Tensor]:
+        y = function(x)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, queries))]
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(
+            model, backend="attnres", fullgraph=True, options={"kernels": kernels, **options}
+        )
+        pairs = []
+        for length in lengths:
+            x = torch.randn(length, 8, requires_grad=True)
+            pairs += zip(run(compiled, x), run(model, x), strict=True)
+    return [relative_error(actual, expected) for actual, expected in pairs]
+
+
+def test_a_compiled_graph_has_calls_that_write_to_its_own_memory(targets: set[str]) -> None:
+    assert max(errors("auto")) < 1e-5
+    assert targets >= WRITING
+    assert not targets & PHASES
+
+
+def test_tokens_may_be_of_any_number(targets: set[str]) -> None:
+    assert max(errors("auto", lengths=(3, 7, 11))) < 1e-5
+    assert "aten.sym_size.int" in targets
+
+
+def test_other_implementations_stay_as_they_are(targets: set[str]) -> None:
+    assert max(errors("reference")) < 1e-5
+    assert "attnres.mix.default" in targets
+    assert not targets & (PHASES | WRITING)
+
+
+class Seen(CustomGraphPass):
+    """A pass of the user's own."""
+
+    def __init__(self) -> None:
+        self.targets: set[str] = set()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.targets.update(str(node.target) for node in graph.nodes)
+
+    def uuid(self) -> str:
+        return "seen"
+
+
+def test_a_pass_of_the_user_runs_too(targets: set[str]) -> None:
+    seen = Seen()
+    assert max(errors("auto", post_grad_custom_post_pass=seen)) < 1e-5
+    assert seen.targets >= PHASES
+    assert targets >= WRITING
