@@ -26,8 +26,8 @@ _SOURCES = [Path(__file__).parent / "templates" / name for name in ("rows.h", "p
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 # Rows are contiguous, of the dtype of the stream, and the first tensor is one: its shape is
-# [*tokens, width], and its dtype says which library it is. What is added to the partial sum may come
-# without the bias of its linear layer, which is then an argument (passes/absorb_biases.py).
+# [*tokens, width], and its dtype says which library it is. What is added to the partial sum may
+# come without the bias of its linear layer, an argument then (passes/absorb_biases.py).
 _SCHEMAS = {
     "complete": (
         "Tensor first, Tensor? second, Tensor? bias, Tensor queries, int sites, float eps,"

@@ -1,19 +1,19 @@
 """Let the C++ phases add the bias of the linear layer whose result they add to the stream.
 
-``addmm`` on a CPU copies the bias into every row of its result before it multiplies, which is a pass
-over memory of its own. The phase that reads the result adds a vector to its rows at no such cost,
+``addmm`` on a CPU copies the bias into every row of its result before it multiplies, which is one
+more pass over memory. The phase that reads the result adds a vector to its rows at no such cost,
 and its backward pass, which writes the gradient of these rows, can sum them, too.
 
-Contract: values are the same to rounding. Only where the stream is of the dtype that is computed in:
-elsewhere ``addmm`` rounds once and the product without the bias would be rounded before it is added.
+Contract: values are the same to rounding. Only where the stream is of the dtype that is computed
+in: elsewhere ``addmm`` rounds once, and a product would be rounded before its bias is added.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnres_compile.kernels.cpp_library import operators
 from attnres_compile.kernels.reference import arithmetic_dtype
@@ -35,13 +35,11 @@ def absorb_biases(graph: fx.Graph) -> None:
 
 
 def _absorb(graph: fx.Graph, node: fx.Node, branch: str, bias: str) -> None:
-    result = node.args[_place(node, branch)]
-    if not isinstance(result, fx.Node):
+    result = _arguments(node)[branch]
+    if result is None:
         return
-    linear = result.args[0] if result.target in _VIEWS else result
-    if not isinstance(linear, fx.Node) or not _has_a_bias(linear):
-        return
-    if any(len(each.users) > 1 for each in (result, linear)):
+    linear: Any = result.args[0] if result.target in _VIEWS else result
+    if not _has_a_bias(linear) or any(len(each.users) > 1 for each in (result, linear)):
         return
     vector, rows, columns = linear.args
     with graph.inserting_before(linear):
@@ -49,54 +47,61 @@ def _absorb(graph: fx.Graph, node: fx.Node, branch: str, bias: str) -> None:
     product.meta = dict(linear.meta)
     linear.replace_all_uses_with(product)
     graph.erase_node(linear)
-    node.update_arg(_place(node, bias), vector)
+    _set(node, bias, vector)
 
 
-def _has_a_bias(node: fx.Node) -> bool:
-    if node.target is not _aten.addmm.default or node.kwargs:
+def _has_a_bias(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.target is not _aten.addmm.default or node.kwargs:
         return False
-    vector, value = (each.meta["val"] for each in (node.args[0], node))
-    return (
-        vector.shape == value.shape[1:]
-        and vector.is_contiguous()
-        and vector.dtype == value.dtype == arithmetic_dtype(value.dtype)
-    )
+    vector, value = (_value(each) for each in (node.args[0], node))
+    fits = vector.shape == value.shape[1:] and vector.is_contiguous()
+    return fits and vector.dtype == value.dtype == arithmetic_dtype(value.dtype)
 
 
 def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
     """The sums over tokens of the last gradient are formed where it is."""
-    grads, wanted, count, query = (
-        node.args[_place(node, name)] for name in ("grads", "wanted", "count", "query")
-    )
-    if not grads or wanted[-1] != count - 1:
+    arguments = _arguments(node)
+    if not arguments["wanted"] or arguments["wanted"][-1] != arguments["count"] - 1:
         return
-    grad = grads[-1]
-    flat = [user for user in grad.users if user.target in _VIEWS and user.meta["val"].dim() == 2]
-    sums = [user for view in flat for user in view.users if _sums_tokens(user, grad)]
+    grad, query = arguments["grads"][-1], arguments["query"]
+    flat = [user for user in grad.users if user.target in _VIEWS and _value(user).dim() == 2]
+    sums = [user for view in flat for user in view.users if _sums_tokens(user)]
     if not sums:
         return
     with graph.inserting_before(node):
         total = graph.call_function(_aten.empty_like.default, (query,))
-    total.meta["val"] = torch.empty_like(query.meta["val"])
-    node.update_arg(_place(node, "grad_branch_bias"), total)
+    total.meta["val"] = torch.empty_like(_value(query))
+    _set(node, "grad_branch_bias", total)
     for each in sums:
+        shape = list(_value(each).shape)
         with graph.inserting_before(each):
-            shaped = graph.call_function(
-                _aten.reshape.default, (total, list(each.meta["val"].shape))
-            )
-        shaped.meta["val"] = each.meta["val"]
+            shaped = graph.call_function(_aten.reshape.default, (total, shape))
+        shaped.meta["val"] = _value(each)
         each.replace_all_uses_with(shaped)
         graph.erase_node(each)
 
 
-def _sums_tokens(node: fx.Node, grad: fx.Node) -> bool:
-    if node.target is not _aten.sum.dim_IntList or node.kwargs or list(node.args[1]) != [0]:
+def _sums_tokens(node: fx.Node) -> bool:
+    if node.target is not _aten.sum.dim_IntList or node.kwargs:
         return False
-    width, dtype = grad.meta["val"].shape[-1], grad.meta["val"].dtype
-    value = node.meta["val"]
-    return value.numel() == width and value.dtype == dtype == arithmetic_dtype(dtype)
+    grads, dims, *_ = cast("tuple[Any, ...]", node.args)
+    dtype = _value(grads).dtype
+    return list(dims) == [0] and _value(node).dtype == dtype == arithmetic_dtype(dtype)
 
 
-def _place(node: fx.Node, name: str) -> int:
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    return dict(zip(_names(node), node.args, strict=True))
+
+
+def _set(node: fx.Node, name: str, argument: fx.Node) -> None:
+    node.update_arg(_names(node).index(name), argument)
+
+
+def _names(node: fx.Node) -> list[str]:
     target: Any = node.target
-    return [argument.name for argument in target._schema.arguments].index(name)
+    return [argument.name for argument in target._schema.arguments]
+
+
+def _value(node: Any) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value

@@ -35,15 +35,12 @@ _PHASES = (
 )
 
 
-def lower(graph: fx.Graph, kernels: Kernels) -> set[Implementation]:
+def lower(graph: fx.Graph, kernels: Kernels) -> None:
     """Schedules, fuses and lowers the mixes of a graph, in place.
 
     Args:
         graph: torch-level or ATen, with example values, after the residual streams were rewritten.
         kernels: who is to compute the mixes.
-
-    Returns:
-        Who computes the phases that there are now.
 
     Raises:
         BackendError: kernels="triton" for tensors on a CPU outside of Triton's interpreter, or a
@@ -51,7 +48,9 @@ def lower(graph: fx.Graph, kernels: Kernels) -> set[Implementation]:
     """
     schedule_two_phase(graph, lambda mix: implementation(mix, kernels) != "mix")
     fuse_neighbours(graph)
-    return {_assign(node, kernels) for node in graph.nodes if node.target in _PHASES}
+    for node in graph.nodes:
+        if node.target in _PHASES:
+            _assign(node, kernels)
 
 
 def implementation(mix: Mix, kernels: Kernels) -> Implementation:
@@ -67,7 +66,7 @@ def implementation(mix: Mix, kernels: Kernels) -> Implementation:
     return "mix"
 
 
-def _assign(node: fx.Node, kernels: Kernels) -> Implementation:
+def _assign(node: fx.Node, kernels: Kernels) -> None:
     """Names the implementation in the last argument of a phase."""
     source = value_of(node.all_input_nodes[0])
     on_gpu = kernels == "triton" or source.device.type == "cuda"
@@ -77,9 +76,8 @@ def _assign(node: fx.Node, kernels: Kernels) -> Implementation:
         check_device(source)
     else:
         cpp_library.prepare(source.dtype)
-    name: Implementation = "triton" if on_gpu else "cpp"
+    name = "triton" if on_gpu else "cpp"
     if "kernels" in node.kwargs:
         node.update_kwarg("kernels", name)
     else:
         node.update_arg(len(node.args) - 1, name)
-    return name

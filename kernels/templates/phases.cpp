@@ -55,7 +55,7 @@ extern "C" void complete_backward(const Element *source, const Element *grad_sou
     auto sum_rows = rows_of(shares.of(thread), sites, width);
     std::vector<Real> slopes(sites * TOKENS), totals(TOKENS * width);
     auto total_rows = rows_of(totals.data(), TOKENS, width);
-    in_batches(begin, end, [&](int64_t t, int64_t some) {
+    in_batches(begin, end, TOKENS, [&](int64_t t, int64_t some) {
       Real towards_self[TOKENS] = {};
       for (int64_t j = 0; j < sites; ++j)
         for (int64_t u = 0; u < some; ++u) {
@@ -92,7 +92,7 @@ extern "C" void phase1(const Element **sources, const Real **logits, int64_t cou
     std::vector<Real> alphas(sites * count * TOKENS);
     std::vector<const Element *> source_rows(count);
     std::vector<Element *> mix_rows(sites);
-    in_batches(begin, end, [&](int64_t t, int64_t some) {
+    in_batches(begin, end, TOKENS, [&](int64_t t, int64_t some) {
       for (int64_t j = 0; j < sites; ++j) {
         Real *alpha = &alphas[j * count * TOKENS], top[TOKENS], sum[TOKENS] = {};
         std::copy_n(logits[0] + j * tokens + t, some, top);
@@ -139,7 +139,7 @@ extern "C" void phase1_backward(const Element **sources, const Real **logits, in
     std::vector<Element> zeros(width), unwanted(width);
     std::vector<const Element *> mix_rows(sites), carrier_rows(count);
     std::vector<Element *> grad_rows(count);
-    in_batches(begin, end, [&](int64_t t, int64_t some) {
+    in_batches(begin, end, TOKENS, [&](int64_t t, int64_t some) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < sites; ++j)
 #pragma omp simd
@@ -181,53 +181,67 @@ extern "C" void phase2(const Element *before, const Element **direct, int64_t co
                        Element *partial, Element *mixed, void *normed, Real *saved,
                        int64_t tokens, int64_t width, int64_t threads) {
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
-    int64_t first = before != nullptr;
-    std::vector<Real> row(width), betas(first + count);
-    std::vector<const Element *> rows(first + count);
-    for (int64_t t = begin; t < end; ++t) {
-      if (before) {
-        rows[0] = before + t * width;
-        betas[0] = statistics[t];
-      }
+    int64_t first = before != nullptr, members = first + count;
+    std::vector<Real> mixes(TOKENS * width), betas(members * TOKENS);
+    std::vector<const Element *> tensors(members, before), rows(members);
+    std::copy_n(direct, count, tensors.begin() + first);
+    if (branch) tensors.back() = partial;
+    in_batches(begin, end, batch_of(width), [&](int64_t t, int64_t some) {
+      if (before) std::copy_n(statistics + t, some, betas.begin());
       for (int64_t k = 0; k < count; ++k) {
-        const Element *source = direct[k] + t * width;
-        Sum squares, along;
-        if (branch && k == count - 1) {
-          const Element *more = branch + t * width;
-          Element *sum = partial + t * width;
-          each(width, EACH {
-            auto addend = load<KIND>(more + d);
-            if (branch_bias) addend += load<KIND>(branch_bias + d);
-            auto value = rounded(load<KIND>(source + d) + addend, source);
-            store(sum + d, value);
-            squares.add(way, value * value);
-            along.add(way, value * load<KIND>(query + d));
-          });
-          source = sum;
-        } else {
-          each(width, EACH {
-            auto value = load<KIND>(source + d);
-            squares.add(way, value * value);
-            along.add(way, value * load<KIND>(query + d));
-          });
+        Real *logits = saved + k * tokens + t, *inverses = saved + (count + k) * tokens + t;
+        for (int64_t u = 0; u < some; ++u) {
+          int64_t offset = (t + u) * width;
+          const Element *source = direct[k] + offset;
+          Sum squares, along;
+          if (branch && k == count - 1) {
+            const Element *more = branch + offset;
+            Element *sum = partial + offset;
+            each(width, EACH {
+              auto addend = load<KIND>(more + d);
+              if (branch_bias) addend += load<KIND>(branch_bias + d);
+              auto value = rounded(load<KIND>(source + d) + addend, source);
+              store(sum + d, value);
+              squares.add(way, value * value);
+              along.add(way, value * load<KIND>(query + d));
+            });
+          } else {
+            each(width, EACH {
+              auto value = load<KIND>(source + d);
+              squares.add(way, value * value);
+              along.add(way, value * load<KIND>(query + d));
+            });
+          }
+          inverses[u] = squares.total();
+          logits[u] = along.total();
         }
-        Real inverse = 1 / std::sqrt(squares.total() / width + Real(eps));
-        rows[first + k] = source;
-        betas[first + k] = saved[k * tokens + t] = inverse * along.total();
-        saved[(count + k) * tokens + t] = inverse;
+        for (int64_t u = 0; u < some; ++u) {
+          inverses[u] = 1 / std::sqrt(inverses[u] / width + Real(eps));
+          betas[(first + k) * TOKENS + u] = logits[u] *= inverses[u];
+        }
       }
-      softmax(betas);
-      Normed state =
-          mix_row(row.data(), rows, betas, factor, Norm(norm), norm_eps, width);
-      if (mixed) copy_row(mixed + t * width, row.data(), width);
-      if (norm == NONE) continue;
-      saved[2 * count * tokens + t] = state.scale;
-      if (norm == LAYER) saved[(2 * count + 1) * tokens + t] = state.mean;
-      if (wide)
-        write_normed((Real *)normed + t * width, row.data(), state, weight, bias, width);
-      else
-        write_normed((Element *)normed + t * width, row.data(), state, weight, bias, width);
-    }
+      softmax(betas.data(), members, some);
+      Real means[TOKENS], scales[TOKENS];
+      for (int64_t u = 0; u < some; ++u) {
+        rows_at(rows, tensors.data(), (t + u) * width);
+        means[u] = mix_row(&mixes[u * width], rows, &betas[u], factor, width) / width;
+        if (mixed) copy_row(mixed + (t + u) * width, &mixes[u * width], width);
+      }
+      if (norm == NONE) return;
+      if (norm == RMS) std::fill_n(means, some, Real(0));
+      for (int64_t u = 0; u < some; ++u) scales[u] = square_sum(&mixes[u * width], means[u], width);
+      for (int64_t u = 0; u < some; ++u) scales[u] = 1 / std::sqrt(scales[u] / width + Real(norm_eps));
+      std::copy_n(scales, some, saved + 2 * count * tokens + t);
+      if (norm == LAYER) std::copy_n(means, some, saved + (2 * count + 1) * tokens + t);
+      for (int64_t u = 0; u < some; ++u) {
+        Normed state{scales[u], means[u]};
+        int64_t offset = (t + u) * width;
+        if (wide)
+          write_normed((Real *)normed + offset, &mixes[u * width], state, weight, bias, width);
+        else
+          write_normed((Element *)normed + offset, &mixes[u * width], state, weight, bias, width);
+      }
+    });
   });
 }
 
@@ -243,69 +257,70 @@ extern "C" void phase2_backward(const Element *before, const Element **direct, i
   auto all_grads = placed(grads, wanted, wants, count);
   Shares shares(threads, 4 * width);
   over_tokens(tokens, threads, [&](int thread, int64_t begin, int64_t end) {
-    int64_t first = before != nullptr, all = first + count;
-    std::vector<Real> row(width), total(width), scratch(width), betas(all), slopes(all);
-    std::vector<const Element *> rows(all);
+    int64_t first = before != nullptr, members = first + count;
+    std::vector<Real> row(width), total(width), scratch(width);
+    std::vector<Real> betas(members * TOKENS), slopes(members);
+    std::vector<const Element *> tensors(members, before), rows(members);
+    std::copy_n(direct, count, tensors.begin() + first);
     Real *to_query = shares.of(thread), *to_weight = to_query + width,
          *to_bias = to_weight + width, *to_branch_bias = to_bias + width;
-    for (int64_t t = begin; t < end; ++t) {
-      if (before) {
-        rows[0] = before + t * width;
-        betas[0] = statistics[t];
-      }
-      for (int64_t k = 0; k < count; ++k) {
-        rows[first + k] = direct[k] + t * width;
-        betas[first + k] = saved[k * tokens + t];
-      }
-      softmax(betas);
-      if (grad_mixed)
-        copy_row(total.data(), grad_mixed + t * width, width);
-      else
-        std::fill(total.begin(), total.end(), Real(0));
-      if (grad_normed) {
-        mix_row(row.data(), rows, betas, factor, NONE, 0, width);
-        Normed state{saved[2 * count * tokens + t],
-                     norm == LAYER ? saved[(2 * count + 1) * tokens + t] : 0};
-        if (wide)
-          normed_backward(total.data(), (const Real *)grad_normed + t * width, row.data(),
-                          scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
+    in_batches(begin, end, TOKENS, [&](int64_t start, int64_t some) {
+      if (before) std::copy_n(statistics + start, some, betas.begin());
+      for (int64_t k = 0; k < count; ++k)
+        std::copy_n(saved + k * tokens + start, some, &betas[(first + k) * TOKENS]);
+      softmax(betas.data(), members, some);
+      for (int64_t u = 0; u < some; ++u) {
+        int64_t t = start + u;
+        rows_at(rows, tensors.data(), t * width);
+        if (grad_mixed)
+          copy_row(total.data(), grad_mixed + t * width, width);
         else
-          normed_backward(total.data(), (const Element *)grad_normed + t * width, row.data(),
-                          scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
+          std::fill(total.begin(), total.end(), Real(0));
+        if (grad_normed) {
+          mix_row(row.data(), rows, &betas[u], factor, width);
+          Normed state{saved[2 * count * tokens + t],
+                       norm == LAYER ? saved[(2 * count + 1) * tokens + t] : 0};
+          if (wide)
+            normed_backward(total.data(), (const Real *)grad_normed + t * width, row.data(),
+                            scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
+          else
+            normed_backward(total.data(), (const Element *)grad_normed + t * width, row.data(),
+                            scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
+        }
+        Real expected = 0;
+        for (int64_t m = 0; m < members; ++m) {
+          slopes[m] = Real(factor) * dot(rows[m], (const Real *)total.data(), width);
+          expected += betas[m * TOKENS + u] * slopes[m];
+        }
+        if (grad_before) {
+          Element *out = grad_before + t * width;
+          Real share = betas[u] * Real(factor);
+          each(width, EACH { store(out + d, share * load<KIND>(total.data() + d)); });
+          grad_statistics[t] = betas[u] * (slopes[0] - expected);
+          grad_statistics[tokens + t] = betas[u] * slopes[0];
+        }
+        for (int64_t k = 0; k < count; ++k) {
+          bool is_last = k == count - 1, sums_grad = is_last && grad_branch_bias;
+          const Element *source = rows[first + k];
+          const Element *more = is_last && grad_partial ? grad_partial + t * width : nullptr;
+          Element *out = all_grads[k] ? all_grads[k] + t * width : nullptr;
+          Real beta = betas[(first + k) * TOKENS + u], share = beta * Real(factor);
+          Real inverse = saved[(count + k) * tokens + t], logit = saved[k * tokens + t];
+          Real towards_query = beta * (slopes[first + k] - expected) * inverse;
+          Real towards_self = towards_query * inverse * logit / width;
+          each(width, EACH {
+            auto value = load<KIND>(source + d);
+            store(to_query + d, load<KIND>(to_query + d) + towards_query * value);
+            if (!out) return;
+            auto grad = share * load<KIND>(total.data() + d)
+                        + towards_query * load<KIND>(query + d) - towards_self * value;
+            if (more) grad += load<KIND>(more + d);
+            store(out + d, grad);
+            if (sums_grad) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
+          });
+        }
       }
-      Real expected = 0;
-      for (int64_t m = 0; m < all; ++m) {
-        slopes[m] = Real(factor) * dot(rows[m], (const Real *)total.data(), width);
-        expected += betas[m] * slopes[m];
-      }
-      if (grad_before) {
-        Element *out = grad_before + t * width;
-        Real share = betas[0] * Real(factor);
-        each(width, EACH { store(out + d, share * load<KIND>(total.data() + d)); });
-        grad_statistics[t] = betas[0] * (slopes[0] - expected);
-        grad_statistics[tokens + t] = betas[0] * slopes[0];
-      }
-      for (int64_t k = 0; k < count; ++k) {
-        const Element *source = rows[first + k];
-        Real inverse = saved[(count + k) * tokens + t], logit = saved[k * tokens + t];
-        Real share = betas[first + k] * Real(factor);
-        Real towards_query = betas[first + k] * (slopes[first + k] - expected) * inverse;
-        Real towards_self = towards_query * inverse * logit / width;
-        const Element *more = k == count - 1 && grad_partial ? grad_partial + t * width : nullptr;
-        Element *out = all_grads[k] ? all_grads[k] + t * width : nullptr;
-        bool sums_grad = k == count - 1 && grad_branch_bias;
-        each(width, EACH {
-          auto value = load<KIND>(source + d);
-          store(to_query + d, load<KIND>(to_query + d) + towards_query * value);
-          if (!out) return;
-          auto grad = share * load<KIND>(total.data() + d)
-                      + towards_query * load<KIND>(query + d) - towards_self * value;
-          if (more) grad += load<KIND>(more + d);
-          store(out + d, grad);
-          if (sums_grad) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
-        });
-      }
-    }
+    });
   });
   shares.add_up(grad_query, 0, width);
   shares.add_up(grad_weight, width, width);

@@ -216,12 +216,6 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
-void softmax(std::vector<Real> &logits) {
-  Real top = *std::max_element(logits.begin(), logits.end()), total = 0;
-  for (Real &each : logits) total += each = exponential(each - top);
-  for (Real &each : logits) each /= total;
-}
-
 template <typename Body> void over_tokens(int64_t tokens, int64_t threads, Body body) {
 #pragma omp parallel num_threads(threads)
   {
@@ -247,11 +241,34 @@ public:
   }
 };
 
-constexpr int64_t TOKENS = 16;  // that are worked on together
+constexpr int64_t TOKENS = 16;  // at most that are worked on together
 
-// body(first token, how many) over batches of tokens.
-template <typename Body> void in_batches(int64_t begin, int64_t end, Body body) {
-  for (int64_t t = begin; t < end; t += TOKENS) body(t, std::min(TOKENS, end - t));
+// body(first token, how many) over batches of tokens. What is done once per token, sums across a
+// row and roots, takes long to finish; the tokens of a batch do not wait for each other's.
+template <typename Body>
+void in_batches(int64_t begin, int64_t end, int64_t batch, Body body) {
+  for (int64_t t = begin; t < end; t += batch) body(t, std::min(batch, end - t));
+}
+
+// As many tokens as keep several of their rows in the first-level cache.
+int64_t batch_of(int64_t width) {
+  return std::clamp<int64_t>(1024 / std::max<int64_t>(width, 1), 1, TOKENS);
+}
+
+// Over `members` rows of TOKENS logits each, of which `some` are there.
+void softmax(Real *logits, int64_t members, int64_t some) {
+  Real top[TOKENS], total[TOKENS] = {};
+  std::copy_n(logits, some, top);
+  for (int64_t m = 1; m < members; ++m)
+#pragma omp simd
+    for (int64_t u = 0; u < some; ++u) top[u] = std::max(top[u], logits[m * TOKENS + u]);
+  for (int64_t m = 0; m < members; ++m)
+#pragma omp simd
+    for (int64_t u = 0; u < some; ++u)
+      total[u] += logits[m * TOKENS + u] = exponential(logits[m * TOKENS + u] - top[u]);
+  for (int64_t m = 0; m < members; ++m)
+#pragma omp simd
+    for (int64_t u = 0; u < some; ++u) logits[m * TOKENS + u] /= total[u];
 }
 
 // The rows of one token in several tensors; `absent` stands for that of a missing tensor.
@@ -278,16 +295,18 @@ constexpr const Element *const *ZEROS = nullptr;
 
 enum Norm { NONE, RMS, LAYER };
 
-// The mix of a token, rounded to Element; returns what a norm multiplies with and subtracts.
+// What a norm multiplies with and subtracts.
 struct Normed {
   Real scale, mean;
 };
-Normed mix_row(Real *mixed, const std::vector<const Element *> &rows, const std::vector<Real> &betas,
-               Real factor, Norm norm, Real eps, int64_t width) {
-  Sum sum, squares;
+
+// The mix of a token, rounded to Element, and its sum. `betas` are TOKENS apart.
+Real mix_row(Real *mixed, const std::vector<const Element *> &rows, const Real *betas, Real factor,
+             int64_t width) {
+  Sum sum;
   if (rows.size() == 2) {  // nearly always: what phase 1 mixed, and the partial sum
     const Element *first = rows[0], *second = rows[1];
-    Real one = betas[0], other = betas[1];
+    Real one = betas[0], other = betas[TOKENS];
     each(width, EACH {
       auto value = factor * (one * load<KIND>(first + d) + other * load<KIND>(second + d));
       value = rounded(value, first);
@@ -295,20 +314,23 @@ Normed mix_row(Real *mixed, const std::vector<const Element *> &rows, const std:
       sum.add(way, value);
     });
   } else {
-    combine(rows.data(), rows.size(), betas.data(), 0, 1, ZEROS, &mixed, 1, width);
+    combine(rows.data(), rows.size(), betas, 0, TOKENS, ZEROS, &mixed, 1, width);
     each(width, EACH {
       auto value = rounded(factor * load<KIND>(mixed + d), rows[0]);
       store(mixed + d, value);
       sum.add(way, value);
     });
   }
-  if (norm == NONE) return {1, 0};
-  Real mean = norm == LAYER ? sum.total() / width : 0;
+  return sum.total();
+}
+
+Real square_sum(const Real *row, Real mean, int64_t width) {
+  Sum squares;
   each(width, EACH {
-    auto value = load<KIND>(mixed + d) - mean;
+    auto value = load<KIND>(row + d) - mean;
     squares.add(way, value * value);
   });
-  return {1 / std::sqrt(squares.total() / width + eps), mean};
+  return squares.total();
 }
 
 template <typename Out>
