@@ -47,6 +47,8 @@ QUICK_EXTRAS = {
     "in_place_alias",
     "joint_streams",
 }
+# Long ones, of kinds of which others are converted each time.
+LONG = {"kimi_linear", "mamba", "gemma3", "torchvision_mobilenet_v2"}
 # One of each kind; in float32, which tells less, all of them are compared.
 IN_DOUBLE = {"llama", "t5", "vit", "convnext", "preact_resnet"}
 
@@ -59,7 +61,7 @@ CONVERTED = [
     pytest.param(
         case,
         id=case.name,
-        marks=slow_if(case in EXTRA_CASES and case.name not in QUICK_EXTRAS),
+        marks=slow_if(case.name in LONG or (case in EXTRA_CASES and case.name not in QUICK_EXTRAS)),
     )
     for case in (*CASES, *EXTRA_CASES)
 ]
