@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     source = options.source_of(args, args.checkpoint)
     if args.depth_attention:
         return _depth_attention(args, source)
-    from attnres_compile.checkpoint.converting import record_of
     from attnres_compile.checkpoint.saving import check_readable
+    from attnres_compile.checkpoint.sources import record_of
     from attnres_compile.checkpoint.stripping import new_values
     from attnres_compile.checkpoint.summary import contents, summarize
 
@@ -58,7 +58,7 @@ def _depth_attention(args: argparse.Namespace, source: Any) -> int:
             raise InputError(f"{text}: a heat map must end in one of {', '.join(_FORMATS)}.")
         if Path(text).exists() and not args.overwrite:
             raise InputError(f"{text} exists already; name another, or say --overwrite.")
-    from attnres_compile.checkpoint.converting import load_source
+    from attnres_compile.checkpoint.sources import load_source
     from attnres_compile.cli_verify import call_of
     from attnres_compile.heatmap import TerminalHeatMap, write_page
     from attnres_compile.inspection import depth_attention

@@ -164,7 +164,7 @@ def source_of(args: argparse.Namespace, path: Path) -> Any:
     Raises:
         InputError: the factory cannot be imported, or the inputs cannot be read.
     """
-    from attnres_compile.checkpoint.converting import Source
+    from attnres_compile.checkpoint.sources import Source
 
     return Source(
         path=path,

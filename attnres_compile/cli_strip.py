@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from attnres_compile.checkpoint.converting import Options, Source, work_of
+    from attnres_compile.checkpoint.converting import Options, work_of
+    from attnres_compile.checkpoint.sources import Source
     from attnres_compile.checkpoint.stripping import strip_source
 
     source = Source(

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.files:
         return _verify_files(args)
-    from attnres_compile.checkpoint.converting import load_plain, load_source
     from attnres_compile.checkpoint.saving import plain_model
+    from attnres_compile.checkpoint.sources import load_plain, load_source
     from attnres_compile.errors import InputError
     from attnres_compile.module import is_converted
     from attnres_compile.verification import verify
@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify_onnx(args: argparse.Namespace, source: Any) -> int:
-    from attnres_compile.checkpoint.converting import shapes_of
     from attnres_compile.checkpoint.onnx_extra import require
     from attnres_compile.checkpoint.saving import check_readable
+    from attnres_compile.checkpoint.sources import shapes_of
 
     require("onnx", "onnxruntime")
     from attnres_compile.onnx_verification import verify_files

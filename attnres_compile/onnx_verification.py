@@ -12,8 +12,9 @@ import onnx
 import torch
 from onnx import helper
 
-from attnres_compile.checkpoint.onnx import new_values, read_model, read_record, strip_file
+from attnres_compile.checkpoint.onnx import new_values, read_record, strip_file
 from attnres_compile.checkpoint.onnx_extra import require
+from attnres_compile.checkpoint.onnx_files import read_model
 from attnres_compile.checkpoint.record import Record, new_tensors
 from attnres_compile.comparing import Run, compare
 from attnres_compile.errors import CheckpointError, InputError, in_words

@@ -10,7 +10,7 @@ from torch import nn
 
 from attnres_compile.checkpoint import dressing, pt, pt2
 from attnres_compile.checkpoint import safetensors as st
-from attnres_compile.checkpoint.converting import Options, Source, check_output, record_of
+from attnres_compile.checkpoint.converting import Options, check_output
 from attnres_compile.checkpoint.huggingface import (
     CONFIG,
     NEW_WEIGHTS,
@@ -22,6 +22,7 @@ from attnres_compile.checkpoint.names import foreign_names
 from attnres_compile.checkpoint.onnx_extra import onnx_files
 from attnres_compile.checkpoint.record import KEY, Record, new_tensors
 from attnres_compile.checkpoint.saving import check_readable, plain_model
+from attnres_compile.checkpoint.sources import Source, record_of
 from attnres_compile.checkpoint.writing import (
     check_space,
     new_directory,

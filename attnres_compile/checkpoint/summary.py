@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attnres_compile.checkpoint import pt, pt2
 from attnres_compile.checkpoint import safetensors as st
-from attnres_compile.checkpoint.converting import Source
 from attnres_compile.checkpoint.huggingface import open_directory
 from attnres_compile.checkpoint.onnx_extra import onnx_files
 from attnres_compile.checkpoint.record import Record
+from attnres_compile.checkpoint.sources import Source
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

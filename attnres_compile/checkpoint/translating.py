@@ -9,9 +9,10 @@ from typing import Any
 from attnres_compile.checkpoint import names as naming
 from attnres_compile.checkpoint import safetensors as st
 from attnres_compile.checkpoint import saving
-from attnres_compile.checkpoint.converting import Options, Source
+from attnres_compile.checkpoint.converting import Options
 from attnres_compile.checkpoint.huggingface import open_directory
 from attnres_compile.checkpoint.record import Record
+from attnres_compile.checkpoint.sources import Source
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import AlreadyConvertedError, ConfigError
 from attnres_compile.plans import ConversionPlan

@@ -15,7 +15,8 @@ import torch
 
 import attnres_compile
 from attnres_compile import AttnResConfig
-from attnres_compile.checkpoint.converting import Options, Source, convert_source
+from attnres_compile.checkpoint.converting import Options, convert_source
+from attnres_compile.checkpoint.sources import Source
 from attnres_compile.cli import main
 from attnres_compile.errors import AttnResError
 from checkpoint.models import CUSTOM, LLAMA

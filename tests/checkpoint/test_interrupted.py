@@ -18,7 +18,8 @@ import torch
 import attnres_compile
 from attnres_compile import AttnResConfig
 from attnres_compile.checkpoint import converting, writing
-from attnres_compile.checkpoint.converting import Options, Source, convert_source
+from attnres_compile.checkpoint.converting import Options, convert_source
+from attnres_compile.checkpoint.sources import Source
 from attnres_compile.checkpoint.stripping import strip_source
 from attnres_compile.cli import main
 from attnres_compile.errors import AttnResError, CheckpointError, OutputError

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import attnres_compile
 from attnres_compile import AttnResConfig
 from attnres_compile.checkpoint import names as naming
-from attnres_compile.checkpoint.converting import Options, Source, convert_source
+from attnres_compile.checkpoint.converting import Options, convert_source
 from attnres_compile.checkpoint.names import block_size, detect
+from attnres_compile.checkpoint.sources import Source
 from attnres_compile.checkpoint.stripping import strip_source
 from attnres_compile.errors import CheckpointError, ConfigError
 from checkpoint.models import LLAMA, T5, first_output, same_tensors

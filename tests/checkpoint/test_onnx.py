@@ -17,7 +17,8 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from attnres_compile import AttnResConfig, load
-from attnres_compile.checkpoint import onnx as onnx_files
+from attnres_compile.checkpoint import onnx as onnx_conversion
+from attnres_compile.checkpoint import onnx_files
 from attnres_compile.checkpoint.onnx import convert_file, plan_file, read_record, strip_file
 from attnres_compile.cli import main
 from attnres_compile.errors import (
@@ -103,7 +104,7 @@ def test_a_weight_that_converting_changed_is_remembered(plain: Path, converted: 
     original, model = onnx.load(plain), onnx.load(converted)
     changed = numpy_helper.from_array(np.full((8, 8), 7, np.float32), "layers.0.weight")
     model.graph.initializer[0].CopyFrom(changed)
-    _metadata_of(model, onnx_files._remember(original, model))
+    _metadata_of(model, onnx_conversion._remember(original, model))
     save(model, converted)
     strip_file(converted, plain.with_name("back.onnx"))
     assert onnx.load(plain.with_name("back.onnx")) == original
@@ -366,7 +367,7 @@ def _metadata(path: Path, key: str, value: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", '{"model": "eJw=", "blank": [], "sha256": ""}', "[1"])
 def test_damaged_record_of_the_original(converted: Path, text: str) -> None:
-    _metadata(converted, onnx_files.ORIGINAL, text)
+    _metadata(converted, onnx_conversion.ORIGINAL, text)
     back = converted.with_name("back.onnx")
     with pytest.raises(CheckpointError, match="the record of the original model is damaged"):
         strip_file(converted, back)
@@ -376,7 +377,7 @@ def test_damaged_record_of_the_original(converted: Path, text: str) -> None:
 def test_a_record_that_unfolds_without_end(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_files, "_LARGEST_ORIGINAL", 100)
+    monkeypatch.setattr(onnx_conversion, "_LARGEST_ORIGINAL", 100)
     with pytest.raises(CheckpointError, match="too large or cut off"):
         strip_file(converted, converted.with_name("back.onnx"))
 
@@ -390,7 +391,7 @@ def test_an_original_that_points_outside(tmp_path: Path) -> None:
     for entry in bad.graph.initializer[0].external_data:
         entry.value = "../../etc/passwd" if entry.key == "location" else entry.value
     model = onnx.load(converted, load_external_data=False)
-    _metadata_of(model, onnx_files._remember(bad, bad))
+    _metadata_of(model, onnx_conversion._remember(bad, bad))
     save(model, converted)
     with pytest.raises(UnsafeFileError, match="leads out of its directory"):
         strip_file(converted, tmp_path / "back.onnx")
@@ -398,7 +399,7 @@ def test_an_original_that_points_outside(tmp_path: Path) -> None:
 
 def _metadata_of(model: onnx.ModelProto, text: str) -> None:
     for each in model.metadata_props:
-        each.value = text if each.key == onnx_files.ORIGINAL else each.value
+        each.value = text if each.key == onnx_conversion.ORIGINAL else each.value
 
 
 def test_nothing_is_left_of_a_failed_write(
@@ -489,7 +490,8 @@ def test_files_do_not_load_into_pytorch(converted: Path) -> None:
 def test_the_missing_package_is_named(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    from attnres_compile.checkpoint.converting import Source, plan_source
+    from attnres_compile.checkpoint.converting import plan_source
+    from attnres_compile.checkpoint.sources import Source
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'attnres-compile\[onnx\]'"):

@@ -10,7 +10,8 @@ import torch
 
 import attnres_compile
 from attnres_compile import AttnResConfig
-from attnres_compile.checkpoint.converting import Options, Source, convert_source
+from attnres_compile.checkpoint.converting import Options, convert_source
+from attnres_compile.checkpoint.sources import Source
 from attnres_compile.checkpoint.stripping import strip_source
 from checkpoint.models import (
     ALL,
@@ -134,7 +135,7 @@ def check_file(
     assert same_tensors(again, converted)
     assert torch.equal(first_output(again, inputs), first_output(converted, inputs))
     strip_source(Source(trained), tmp_path / f"plain{suffix}", Options())
-    plain = attnres_compile.checkpoint.converting.load_plain(
+    plain = attnres_compile.checkpoint.sources.load_plain(
         Source(tmp_path / f"plain{suffix}", lambda: example.build(dtype))
     )
     assert same_tensors(plain, model)
