@@ -1,8 +1,8 @@
 """Small inputs for the models of timm and torchvision, built with random weights.
 
-These libraries have no configs, so a model keeps its depth and width, and its image is made small
-where it allows that. Of timm one model per architecture is taken, the one with the shortest name
-among the smallest variants.
+These libraries have no configs, so a model keeps its width; of equal blocks in a row it keeps two
+(`shallow`), and its image is made small where it allows that. Of timm one model per architecture is
+taken, the one with the shortest name among the smallest variants.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from shallow import make_shallow
 
 MOST_PARAMETERS = 120_000_000
 BATCH = 2
@@ -63,7 +65,8 @@ def build_timm(module: str) -> tuple[nn.Module, dict[str, Any], str]:
             settings: dict[str, Any] = {"pretrained": False}
             try:
                 model = _made(lambda n=name, s=settings, i=side: _timm(timm, n, s, i))
-                return model, _image(model, side), f"{name}, {side} pixels"
+                kwargs = _image(model, side)
+                return model, kwargs, f"{name}, {side} pixels{_cut(model, kwargs)}"
             except Exception as error:  # an image of another size, or a model too large
                 failures.append(f"{name}, {side}: {_line(error)}")
     raise ValueError("; ".join(failures[:2]))
@@ -85,7 +88,8 @@ def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any], str]:
     for side in (64, 128, 224):
         try:
             model = _made(lambda: models.get_model(name, **settings))
-            return model, _arguments(model, kind, side), f"{side} pixels"
+            kwargs = _arguments(model, kind, side)
+            return model, kwargs, f"{side} pixels{_cut(model, kwargs)}"
         except Exception as error:
             failures.append(f"{side}: {_line(error)}")
     raise ValueError("; ".join(failures))
@@ -140,6 +144,16 @@ def _accepted(model: nn.Module, values: tuple[Any, ...]) -> dict[str, Any]:
     with torch.no_grad():
         model(**kwargs)
     return kwargs
+
+
+def _cut(model: nn.Module, kwargs: dict[str, Any]) -> str:
+    """Makes a model shallow, and says so."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(**kwargs)
+
+    return ", two blocks of each kind" if make_shallow(model, run) else ""
 
 
 def _likely_size(name: str) -> tuple[int, int, str]:
