@@ -44,8 +44,11 @@ def alteration_between(
     """The alteration that makes the value `end` of the value `source`.
 
     None where `end` does not depend on `source`, or not by operations that keep every element in
-    its place, or where an inner value that is no value of the carrier is read by others.
+    its place, or where an inner value that is no value of the carrier is read by others; nor of
+    the several results of an operator.
     """
+    if not is_tensor(source):
+        return None
     if end is source:
         return Alteration(source, (), ())
     nodes = _nodes_between(view, source, end)

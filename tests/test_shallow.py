@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shallow import make_shallow
+from shallow import has_repeats, make_shallow
 
 
 class Block(nn.Module):
@@ -73,3 +73,11 @@ def test_a_cut_that_a_model_does_not_survive_is_undone() -> None:
     assert list(model.state_dict()) == weights
     model = Stages(nn.Sequential(nn.Sequential(*(Block() for _ in range(4))), Block()), needs=1)
     assert kept(model) == 2  # the inner list alone is cut
+
+
+def test_repeats() -> None:
+    assert has_repeats(Stages(nn.Sequential(Block(more=True), Block(), Block())))
+    assert has_repeats(Stages(nn.Sequential(*(Block(more=bool(i % 2)) for i in range(4)))))
+    assert not has_repeats(Stages(nn.Sequential(Block(), Block(more=True), Block())))
+    assert not has_repeats(Stages(nn.Sequential(Block()), nn.Sequential(Block(), Block(8))))
+    assert not has_repeats(Stages(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))))

@@ -25,8 +25,7 @@ def make_shallow(model: nn.Module, run: Callable[[], object]) -> int:
         model: cut wherever a list of modules has more than `KEPT` equal blocks in a row.
         run: calls the model; it raises where the model needs what was cut.
     """
-    containers = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
-    cuts = [(c, _shortened(c)) for c in containers]
+    cuts = [(container, _shortened(container)) for container in _containers(model)]
     cuts = [(container, kept) for container, kept in cuts if len(kept) < len(container)]
     if not cuts:
         return 0
@@ -35,6 +34,17 @@ def make_shallow(model: nn.Module, run: Callable[[], object]) -> int:
         for cut in cuts:
             _survives([cut], run)
     return before - _count(model)
+
+
+def has_repeats(model: nn.Module) -> bool:
+    """Whether equal blocks follow each other somewhere, or two kinds of them take turns."""
+    for container in _containers(model):
+        signatures = [_signature(block) for block in container.children() if _is_block(block)]
+        for period in (1, 2):
+            equal = [a == b for a, b in zip(signatures, signatures[period:], strict=False)]
+            if any(all(equal[i : i + period]) for i in range(len(equal) - period + 1)):
+                return True
+    return False
 
 
 def _survives(cuts: list[tuple[nn.Module, Children]], run: Callable[[], object]) -> bool:
@@ -98,6 +108,9 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
     )
 
 
+def _containers(model: nn.Module) -> list[nn.Sequential | nn.ModuleList]:
+    return [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
+
+
 def _count(model: nn.Module) -> int:
-    containers = (m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList))
-    return sum(len(container) for container in containers)
+    return sum(len(container) for container in _containers(model))

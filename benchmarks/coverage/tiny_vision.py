@@ -2,7 +2,7 @@
 
 These libraries have no configs, so a model keeps its width; of equal blocks in a row it keeps two
 (`shallow`), and its image is made small where it allows that. Of timm one model per architecture is
-taken, the one with the shortest name among the smallest variants.
+taken: of those whose names say that they are small, the first that has equal blocks in a row.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallow import make_shallow
+from shallow import has_repeats, make_shallow
 
-MOST_PARAMETERS = 120_000_000
+MOST_PARAMETERS = 120_000_000  # once it is shallow
+_MOST_BUILT = 450_000_000
 BATCH = 2
-_SMALLER = ("atto", "femto", "pico", "nano", "test", "xxs", "tiny", "xs", "small")
-_SIDES = (64, 128, 192, 224, 256)
+_SMALLER = ("atto", "femto", "pico", "nano", "test", "xxs", "tiny", "xs", "small", "_s", "_t")
+_LARGER = ("base", "large", "huge", "giant", "_m", "_l", "_xl")
+_SIDES = (64, 128, 192, 224, 240, 256)
+_TRIED = 5  # models of a module of timm
 
 
 @functools.cache
@@ -60,16 +63,27 @@ def build_timm(module: str) -> tuple[nn.Module, dict[str, Any], str]:
     import timm
 
     failures: list[str] = []
-    for name in timm_models()[module][:3]:
+    for name in sorted(timm_models()[module][:_TRIED], key=lambda name: not _repeats(name)):
         for side in _SIDES:
             settings: dict[str, Any] = {"pretrained": False}
             try:
                 model = _made(lambda n=name, s=settings, i=side: _timm(timm, n, s, i))
-                kwargs = _image(model, side)
-                return model, kwargs, f"{name}, {side} pixels{_cut(model, kwargs)}"
+                return model, *_shallow(model, _image(model, side), f"{name}, {side} pixels")
             except Exception as error:  # an image of another size, or a model too large
                 failures.append(f"{name}, {side}: {_line(error)}")
     raise ValueError("; ".join(failures[:2]))
+
+
+def _repeats(name: str) -> bool:
+    """Whether a model of timm has equal blocks in a row, and is not too large to be built."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, pretrained=False)
+        except NotImplementedError:  # it reads numbers while it is made
+            return False
+    return has_repeats(model) and _number_of_parameters(model) <= _MOST_BUILT
 
 
 def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any], str]:
@@ -88,8 +102,7 @@ def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any], str]:
     for side in (64, 128, 224):
         try:
             model = _made(lambda: models.get_model(name, **settings))
-            kwargs = _arguments(model, kind, side)
-            return model, kwargs, f"{side} pixels{_cut(model, kwargs)}"
+            return model, *_shallow(model, _arguments(model, kind, side), f"{side} pixels")
         except Exception as error:
             failures.append(f"{side}: {_line(error)}")
     raise ValueError("; ".join(failures))
@@ -106,11 +119,10 @@ def _timm(timm: Any, name: str, settings: dict[str, Any], side: int) -> nn.Modul
 def _made(make: Any) -> nn.Module:
     try:
         with torch.device("meta"):
-            count = sum(p.numel() for p in make().parameters())
+            count = _number_of_parameters(make())
     except NotImplementedError:  # it reads numbers while it is made, as torchvision's RegNet does
         count = 0
-    if count > MOST_PARAMETERS:
-        raise ValueError(f"{count:,} parameters are too many")
+    _check_size(count, _MOST_BUILT)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = make().eval()
@@ -146,18 +158,33 @@ def _accepted(model: nn.Module, values: tuple[Any, ...]) -> dict[str, Any]:
     return kwargs
 
 
-def _cut(model: nn.Module, kwargs: dict[str, Any]) -> str:
-    """Makes a model shallow, and says so."""
+def _shallow(model: nn.Module, kwargs: dict[str, Any], recipe: str) -> tuple[dict[str, Any], str]:
+    """Makes a model shallow, and says so in the recipe."""
 
     def run() -> None:
         with torch.no_grad():
             model(**kwargs)
 
-    return ", two blocks of each kind" if make_shallow(model, run) else ""
+    if make_shallow(model, run):
+        recipe += ", two blocks of each kind"
+    _check_size(_number_of_parameters(model), MOST_PARAMETERS)
+    return kwargs, recipe
+
+
+def _number_of_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _check_size(count: int, most: int) -> None:
+    if count > most:
+        raise ValueError(f"{count:,} parameters are too many")
 
 
 def _likely_size(name: str) -> tuple[int, int, str]:
+    """Smaller ones first, then those whose names say nothing, then larger ones."""
     place = next((i for i, word in enumerate(_SMALLER) if word in name), len(_SMALLER))
+    if place == len(_SMALLER):
+        place += any(word in name for word in _LARGER)
     return place, len(name), name
 
 
