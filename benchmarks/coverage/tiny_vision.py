@@ -7,13 +7,14 @@ taken: of those whose names say that they are small, the first that has equal bl
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from shallow import has_repeats, make_shallow
+from shallow import KEPT, has_repeats, make_shallow
 
 MOST_PARAMETERS = 120_000_000  # once it is shallow
 _MOST_BUILT = 450_000_000
@@ -109,11 +110,12 @@ def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any], str]:
 
 
 def _timm(timm: Any, name: str, settings: dict[str, Any], side: int) -> nn.Module:
-    try:
-        model: nn.Module = timm.create_model(name, img_size=side, **settings)
-    except TypeError:  # it has no such option: convolutions take any size
-        model = timm.create_model(name, **settings)
-    return model
+    """Of this image size and of two layers, as far as it has options for them."""
+    size, depth = {"img_size": side}, {"depth": KEPT}
+    for options in (size | depth, size, depth):
+        with contextlib.suppress(TypeError):  # it has no such option
+            return cast(nn.Module, timm.create_model(name, **settings, **options))
+    return cast(nn.Module, timm.create_model(name, **settings))
 
 
 def _made(make: Any) -> nn.Module:
