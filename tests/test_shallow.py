@@ -11,11 +11,11 @@ from shallow import has_repeats, make_shallow
 class Block(nn.Module):
     def __init__(self, width: int = 4, *, more: bool = False) -> None:
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, width)
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, width)
         self.gate = nn.Linear(4, 4) if more else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.gate(self.norm(x)))
+        return self.down(self.up(self.gate(self.norm(x))))
 
 
 class Stages(nn.Module):
@@ -61,8 +61,12 @@ def test_two_kinds_that_take_turns() -> None:
 
 
 def test_single_layers_stay() -> None:
+    """With their norms or without: what is made of them may go into one concatenation."""
     model = Stages(nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))))
     assert kept(model) == 0
+    pairs = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(5)]
+    assert kept(Stages(nn.Sequential(*pairs))) == 0
+    assert not has_repeats(Stages(nn.Sequential(*pairs)))
 
 
 def test_a_cut_that_a_model_does_not_survive_is_undone() -> None:

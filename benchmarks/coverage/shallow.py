@@ -91,8 +91,8 @@ def _without_repeats(
 
 
 def _is_block(module: nn.Module) -> bool:
-    """A block has several layers with weights; a single layer may be one of a block's branches."""
-    return sum(bool(list(part.parameters(recurse=False))) for part in module.modules()) > 1
+    """More than a layer and its norm: those may be one of a block's branches."""
+    return sum(bool(list(part.parameters(recurse=False))) for part in module.modules()) > 2
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:

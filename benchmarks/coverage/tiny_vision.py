@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ BATCH = 2
 _SMALLER = ("atto", "femto", "pico", "nano", "test", "xxs", "tiny", "xs", "small", "_s", "_t")
 _LARGER = ("base", "large", "huge", "giant", "_m", "_l", "_xl")
 _SIDES = (64, 128, 192, 224, 240, 256)
-_TRIED = 5  # models of a module of timm
+_TRIED, _OTHERS = 12, 3  # models of a module of timm: looked at, and built if the first fails
 
 
 @functools.cache
@@ -64,7 +65,7 @@ def build_timm(module: str) -> tuple[nn.Module, dict[str, Any], str]:
     import timm
 
     failures: list[str] = []
-    for name in sorted(timm_models()[module][:_TRIED], key=lambda name: not _repeats(name)):
+    for name in _with_repeats_first(timm_models()[module]):
         for side in _SIDES:
             settings: dict[str, Any] = {"pretrained": False}
             try:
@@ -73,6 +74,11 @@ def build_timm(module: str) -> tuple[nn.Module, dict[str, Any], str]:
             except Exception as error:  # an image of another size, or a model too large
                 failures.append(f"{name}, {side}: {_line(error)}")
     raise ValueError("; ".join(failures[:2]))
+
+
+def _with_repeats_first(names: Sequence[str]) -> list[str]:
+    first = next((name for name in names[:_TRIED] if _repeats(name)), names[0])
+    return [first, *(name for name in names[:_OTHERS] if name != first)]
 
 
 def _repeats(name: str) -> bool:
