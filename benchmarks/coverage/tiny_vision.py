@@ -20,7 +20,8 @@ from shallow import KEPT, has_repeats, make_shallow
 MOST_PARAMETERS = 120_000_000  # once it is shallow
 _MOST_BUILT = 450_000_000
 BATCH = 2
-_SMALLER = ("atto", "femto", "pico", "nano", "test", "xxs", "tiny", "xs", "small", "_s", "_t")
+_SMALLER = ("atto", "femto", "pico", "nano", "test", "xxs", "tiny", "xs", "small")
+_SMALLER_WORDS = {"s", "s0", "t", "t0"}
 _LARGER = ("base", "large", "huge", "giant", "_m", "_l", "_xl")
 _SIDES = (64, 128, 192, 224, 240, 256)
 _TRIED, _OTHERS = 12, 3  # models of a module of timm: looked at, and built if the first fails
@@ -119,7 +120,7 @@ def _timm(timm: Any, name: str, settings: dict[str, Any], side: int) -> nn.Modul
     """Of this image size and of two layers, as far as it has options for them."""
     size, depth = {"img_size": side}, {"depth": KEPT}
     for options in (size | depth, size, depth):
-        with contextlib.suppress(TypeError):  # it has no such option
+        with contextlib.suppress(TypeError, ValueError):  # it has no such option
             return cast(nn.Module, timm.create_model(name, **settings, **options))
     return cast(nn.Module, timm.create_model(name, **settings))
 
@@ -191,8 +192,8 @@ def _check_size(count: int, most: int) -> None:
 def _likely_size(name: str) -> tuple[int, int, str]:
     """Smaller ones first, then those whose names say nothing, then larger ones."""
     place = next((i for i, word in enumerate(_SMALLER) if word in name), len(_SMALLER))
-    if place == len(_SMALLER):
-        place += any(word in name for word in _LARGER)
+    if place == len(_SMALLER) and not _SMALLER_WORDS & {*name.split("_")}:
+        place += 1 + any(word in name for word in _LARGER)
     return place, len(name), name
 
 
