@@ -120,7 +120,7 @@ def _timm(timm: Any, name: str, settings: dict[str, Any], side: int) -> nn.Modul
     """Of this image size and of two layers, as far as it has options for them."""
     size, depth = {"img_size": side}, {"depth": KEPT}
     for options in (size | depth, size, depth):
-        with contextlib.suppress(TypeError, ValueError):  # it has no such option
+        with contextlib.suppress(TypeError, ValueError, AssertionError):  # it has no such option
             return cast(nn.Module, timm.create_model(name, **settings, **options))
     return cast(nn.Module, timm.create_model(name, **settings))
 
