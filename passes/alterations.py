@@ -47,10 +47,10 @@ def alteration_between(
     its place, or where an inner value that is no value of the carrier is read by others; nor of
     the several results of an operator.
     """
+    if end is source:  # which may be a write in place that gives no value of its own
+        return Alteration(source, (), ())
     if not is_tensor(source):
         return None
-    if end is source:
-        return Alteration(source, (), ())
     nodes = _nodes_between(view, source, end)
     if not nodes or not all(map(keeps_form, nodes)):
         return None
