@@ -282,3 +282,12 @@ def test_workers_and_their_time_limit() -> None:
     assert found == {"BertModel": "refused", "BarkModel": "not built"}
     (late,) = sweep.sweep(todo[:1], jobs=1, limit=0.1)
     assert (late["status"], late["detail"]) == ("out of time", "more than 0 seconds")
+
+
+def test_what_delta_sources_may_convert() -> None:
+    refused = line("A", "refused", refusals={"post-norm": 4})
+    assert sweep._may_have_deltas(refused)
+    assert not sweep._may_have_deltas(refused | {"delta_sources": True})
+    assert not sweep._may_have_deltas(line("A", "refused"))  # no residual addition found
+    assert not sweep._may_have_deltas(line("A", "converted", refusals={"post-norm": 4}))
+    assert not sweep._may_have_deltas(None)

@@ -143,8 +143,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def _may_have_deltas(line: dict[str, Any] | None) -> bool:
-    """Whether a model was refused, without the option."""
-    return line is not None and line["status"] == "refused" and not line.get("delta_sources")
+    """Whether additions of a model were all refused, without the option."""
+    if line is None or line["status"] != "refused":
+        return False
+    return bool(line["refusals"]) and not line.get("delta_sources")
 
 
 def _show(todo: list[Task], done: int, results: Iterator[dict[str, Any]], path: Path) -> None:
