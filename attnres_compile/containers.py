@@ -1,10 +1,12 @@
 """Containers as owners: nn.Sequential and its like run or index their children, but not `attnres`.
 
-Subclasses that index or iterate in a way of their own keep it.
+Subclasses that index or iterate in a way of their own keep it. A module whose forward asks for all
+its children is passed over for the one around it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from typing import Any, NoReturn
@@ -17,7 +19,15 @@ from attnres_compile.module import is_traced
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that people index and iterate over."""
 
+_ALL_CHILDREN = frozenset(("children", "named_children", "_modules"))
+
 Slice = Callable[[type[nn.Module], Any], nn.Module]
+
+
+def runs_all_children(module: nn.Module) -> bool:
+    """Whether its forward asks for children that it does not name: a new one would be run too."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and bool(_ALL_CHILDREN & {*code.co_names})
 
 
 def container_methods(base: type[nn.Module], guarded: Slice) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from attnres_compile.config import AttnResConfig
+from attnres_compile.containers import runs_all_children
 from attnres_compile.errors import ConfigError, InputError
 from attnres_compile.graph_modules import convert_exported, convert_graph_module, is_rewritten
 from attnres_compile.huggingface import mark_config, restore_config
@@ -254,9 +255,13 @@ def _containers_between(model: nn.Module, plan: ConversionPlan) -> list[str]:
         for end in range(1, len(parts) + 1):
             path = ".".join(parts[:end])
             below_owner = path != stream.owner and path.startswith(stream.owner)
-            if below_owner and isinstance(model.get_submodule(path), nn.Sequential):
+            if below_owner and _runs_layers(model.get_submodule(path)):
                 found[path] = None
     return list(found)
+
+
+def _runs_layers(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) or runs_all_children(module)
 
 
 def _make_attnres(

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from attnres_compile.config import AttnResConfig
-from attnres_compile.containers import CONTAINERS
+from attnres_compile.containers import CONTAINERS, runs_all_children
 from attnres_compile.passes.classify_readers import Reader, classify_readers
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_values import (
@@ -138,13 +138,18 @@ def written_memory(stream: ResidualStream, memory: Mapping[fx.Node, fx.Node]) ->
 def _possible_owners(stream: ResidualStream, model: nn.Module) -> list[ModuleCall]:
     """Innermost first, without containers, which people index and iterate over; then the model.
 
-    The model may be a container itself (see `containers.py`).
+    Nor those that run whatever children they have. The model may be a container itself (see
+    `containers.py`).
     """
     calls = [module_calls(addition.node) for addition in stream.additions]
     levels: list[tuple[ModuleCall, ...]] = list(zip(*calls, strict=False))
     shared = [level[0] for level in levels if len({c.call for c in level}) == 1]
-    inner = [c for c in shared if not isinstance(model.get_submodule(c.path), CONTAINERS)]
+    inner = [c for c in shared if _may_hold_parameters(model.get_submodule(c.path))]
     return [*reversed(inner), ModuleCall("", "")]
+
+
+def _may_hold_parameters(module: nn.Module) -> bool:
+    return not isinstance(module, CONTAINERS) and not runs_all_children(module)
 
 
 def _calls_by_path(view: Dataflow) -> dict[str, set[str]]:

@@ -44,10 +44,13 @@ def alteration_between(
     """The alteration that makes the value `end` of the value `source`.
 
     None where `end` does not depend on `source`, or not by operations that keep every element in
-    its place, or where an inner value that is no value of the carrier is read by others.
+    its place, or where an inner value that is no value of the carrier is read by others; nor of
+    the several results of an operator.
     """
-    if end is source:
+    if end is source:  # which may be a write in place that gives no value of its own
         return Alteration(source, (), ())
+    if not is_tensor(source):
+        return None
     nodes = _nodes_between(view, source, end)
     if not nodes or not all(map(keeps_form, nodes)):
         return None

@@ -154,6 +154,81 @@ def test_a_container_that_runs_all_its_children_says_so() -> None:
         converted(x)
 
 
+class Stage(nn.Module):
+    """Like the stages of timm's RegNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("b1", "b2"):
+            self.add_module(name, Layer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class NamingStage(Stage):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b2(self.b1(x))
+
+
+class Staged(nn.Module):
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.stage, self.norm = stem(), stage, nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.stage(self.stem(x)))
+
+
+def staged_by_hand(model: Staged, converted: Any, x: Tensor) -> Tensor:
+    """Four sublayers, each a block of its own, so that every site reads all that was before it."""
+    parameters = dict(converted.named_parameters())
+    (stream,) = converted.plan.streams
+    sources = [model.stem(x)]
+
+    def mix(depth: int) -> Tensor:
+        (site,) = (site for site in stream.sites if site.depth == depth)
+        query, gain = parameters[site.query_name], parameters[site.gain_name]
+        values = torch.stack(sources)
+        keys = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-6) * gain
+        weights = (keys @ query).softmax(0)
+        return len(sources) * (weights.unsqueeze(-1) * values).sum(0)
+
+    for name in ("b1", "b2"):
+        layer = model.stage.get_submodule(name)
+        for norm, linear in zip(layer.norms, layer.linears, strict=True):
+            depth = len(sources) - 1
+            sources.append(linear(norm(mix(depth) if depth else sources[0])))
+    return model.norm(mix(4))
+
+
+def test_a_stage_that_runs_all_its_children_is_passed_over() -> None:
+    model, x = Staged(Stage()).double(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    converted = attnres_compile.convert(model, (x,))
+    assert [(s.owner, len(s.additions)) for s in converted.plan.streams] == [("", 4)]
+    assert error(converted(x), model(x)) < 1e-12
+    randomize(converted)
+    trained = converted(x).detach()
+    assert error(trained, model(x)) > 1e-3
+    assert error(trained, staged_by_hand(model, converted, x)) < 1e-12
+    assert error(copy.deepcopy(converted)(x), trained) == 0
+    assert error(pickle.loads(pickle.dumps(converted))(x), trained) == 0
+    with pytest.raises(UnconvertedPathError, match="call that module instead"):
+        converted.stage(x)
+    with pytest.warns(UserWarning, match="queries are not zero"):
+        stripped: Any = attnres_compile.strip(converted)
+    assert type(stripped.stage) is Stage
+    assert error(stripped(x), model(x)) == 0
+
+
+def test_a_stage_that_names_its_layers_is_the_owner() -> None:
+    x = torch.randn(2, 5, WIDTH)
+    plan = attnres_compile.plan(Staged(NamingStage()), (x,))
+    assert [stream.owner for stream in plan.streams] == ["stage"]
+
+
 @pytest.mark.parametrize("make", [lambda: Net(stem(), Layer(), Layer()), Layer])
 def test_what_the_class_itself_makes_was_never_converted(make: Callable[[], nn.Module]) -> None:
     x = torch.randn(2, 5, WIDTH)

@@ -205,7 +205,8 @@ def test_timm_and_torchvision() -> None:
     assert "ssd300_vgg16" in kinds
     model, kwargs, recipe = tiny_vision.build_timm("convnext")
     assert (list(kwargs), kwargs["x"].shape) == (["x"], (2, 3, 64, 64))
-    assert recipe == "convnext_atto, 64 pixels"
+    assert recipe == "convnext_atto, 64 pixels, two blocks of each kind"
+    assert [len(stage.blocks) for stage in model.stages] == [2, 2, 2, 2]
     assert not model.training
 
 
@@ -236,8 +237,8 @@ SAMPLE: tuple[tuple[str, str, tuple[int, ...], str], ...] = (
         ).split()
     ),
     ("transformers", "HiggsAudioV2Model", (), "rearranged-carrier single-sublayer"),
-    # convnext_atto has stages of 2, 2, 6 and 2 blocks
-    ("timm", "convnext", (2, 2, 6, 2), ""),
+    # convnext_atto has stages of 2, 2, 6 and 2 blocks, of which two stay
+    ("timm", "convnext", (2, 2, 2, 2), ""),
     ("torchvision", "resnet18", (), "post-activation"),
     ("torchvision", "regnet_y_400mf", (), "post-activation"),
     ("torchvision", "alexnet", (), ""),
@@ -263,12 +264,13 @@ def test_the_sample(library: str, name: str, additions: tuple[int, ...], kinds: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "additions"), [("mobilenet_v2", (2, 3, 2, 2)), ("efficientnet_b0", (2, 2, 3))]
+    ("name", "additions"), [("mobilenet_v2", (2, 2, 2, 2)), ("efficientnet_b0", (2, 2, 2))]
 )
 def test_stages(name: str, additions: tuple[int, ...]) -> None:
     """MobileNetV2 has 1, 2, 3, 4, 3, 3 and 1 blocks a stage, EfficientNet-B0 1, 2, 2, 3, 3, 4, 1.
 
-    The first block of each has no skip, and a stage with one skip is refused.
+    The first block of each has no skip, of the equal ones after it two stay, and a stage with one
+    skip is refused.
     """
     test_the_sample("torchvision", name, additions, "single-sublayer")
 
@@ -280,3 +282,12 @@ def test_workers_and_their_time_limit() -> None:
     assert found == {"BertModel": "refused", "BarkModel": "not built"}
     (late,) = sweep.sweep(todo[:1], jobs=1, limit=0.1)
     assert (late["status"], late["detail"]) == ("out of time", "more than 0 seconds")
+
+
+def test_what_delta_sources_may_convert() -> None:
+    refused = line("A", "refused", refusals={"post-norm": 4})
+    assert sweep._may_have_deltas(refused)
+    assert not sweep._may_have_deltas(refused | {"delta_sources": True})
+    assert not sweep._may_have_deltas(line("A", "refused"))  # no residual addition found
+    assert not sweep._may_have_deltas(line("A", "converted", refusals={"post-norm": 4}))
+    assert not sweep._may_have_deltas(None)

@@ -123,8 +123,12 @@ def _lost(task: Task, status: str, detail: str) -> dict[str, Any]:
 
 
 def _work(task: Task, send: Connection, delta_sources: bool) -> None:
+    import torch
+
     from check_model import check
 
+    # A fork makes torch's thread pool anew at its first use; autograd's threads would race for it.
+    torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     send.send(check(*task, delta_sources=delta_sources).to_json())
     send.close()
@@ -139,8 +143,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def _may_have_deltas(line: dict[str, Any] | None) -> bool:
-    """Whether a model was refused, without the option."""
-    return line is not None and line["status"] == "refused" and not line.get("delta_sources")
+    """Whether additions of a model were all refused, without the option."""
+    if line is None or line["status"] != "refused":
+        return False
+    return bool(line["refusals"]) and not line.get("delta_sources")
 
 
 def _show(todo: list[Task], done: int, results: Iterator[dict[str, Any]], path: Path) -> None:

@@ -1,22 +1,30 @@
 """Small inputs for the models of timm and torchvision, built with random weights.
 
-These libraries have no configs, so a model keeps its depth and width, and its image is made small
-where it allows that. Of timm one model per architecture is taken, the one with the shortest name
-among the smallest variants.
+These libraries have no configs, so a model keeps its width; of equal blocks in a row it keeps two
+(`shallow`), and its image is made small where it allows that. Of timm one model per architecture is
+taken: of those whose names say that they are small, the first that has equal blocks in a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-MOST_PARAMETERS = 120_000_000
+from shallow import KEPT, has_repeats, make_shallow
+
+MOST_PARAMETERS = 160_000_000  # once it is shallow
+_MOST_BUILT = 700_000_000
 BATCH = 2
 _SMALLER = ("atto", "femto", "pico", "nano", "test", "xxs", "tiny", "xs", "small")
-_SIDES = (64, 128, 192, 224, 256)
+_SMALLER_WORDS = {"s", "s0", "t", "t0"}
+_LARGER = ("base", "large", "huge", "giant", "_m", "_l", "_xl")
+_SIDES = (64, 128, 192, 224, 240, 256)
+_TRIED, _OTHERS = 12, 3  # models of a module of timm: looked at, and built if the first fails
 
 
 @functools.cache
@@ -58,15 +66,32 @@ def build_timm(module: str) -> tuple[nn.Module, dict[str, Any], str]:
     import timm
 
     failures: list[str] = []
-    for name in timm_models()[module][:3]:
+    for name in _with_repeats_first(timm_models()[module]):
         for side in _SIDES:
             settings: dict[str, Any] = {"pretrained": False}
             try:
                 model = _made(lambda n=name, s=settings, i=side: _timm(timm, n, s, i))
-                return model, _image(model, side), f"{name}, {side} pixels"
+                return model, *_shallow(model, _image(model, side), f"{name}, {side} pixels")
             except Exception as error:  # an image of another size, or a model too large
                 failures.append(f"{name}, {side}: {_line(error)}")
     raise ValueError("; ".join(failures[:2]))
+
+
+def _with_repeats_first(names: Sequence[str]) -> list[str]:
+    first = next((name for name in names[:_TRIED] if _repeats(name)), names[0])
+    return [first, *(name for name in names[:_OTHERS] if name != first)]
+
+
+def _repeats(name: str) -> bool:
+    """Whether a model of timm has equal blocks in a row, and is not too large to be built."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, pretrained=False)
+        except NotImplementedError:  # it reads numbers while it is made
+            return False
+    return has_repeats(model) and _number_of_parameters(model) <= _MOST_BUILT
 
 
 def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any], str]:
@@ -82,31 +107,31 @@ def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any], str]:
     if kind in ("segmentation", "detection"):
         settings["weights_backbone"] = None
     failures = []
+    model = _made(lambda: models.get_model(name, **settings))
     for side in (64, 128, 224):
         try:
-            model = _made(lambda: models.get_model(name, **settings))
-            return model, _arguments(model, kind, side), f"{side} pixels"
+            return model, *_shallow(model, _arguments(model, kind, side), f"{side} pixels")
         except Exception as error:
             failures.append(f"{side}: {_line(error)}")
     raise ValueError("; ".join(failures))
 
 
 def _timm(timm: Any, name: str, settings: dict[str, Any], side: int) -> nn.Module:
-    try:
-        model: nn.Module = timm.create_model(name, img_size=side, **settings)
-    except TypeError:  # it has no such option: convolutions take any size
-        model = timm.create_model(name, **settings)
-    return model
+    """Of this image size and of two layers, as far as it has options for them."""
+    size, depth = {"img_size": side}, {"depth": KEPT}
+    for options in (size | depth, size, depth):
+        with contextlib.suppress(TypeError, ValueError, AssertionError):  # it has no such option
+            return cast(nn.Module, timm.create_model(name, **settings, **options))
+    return cast(nn.Module, timm.create_model(name, **settings))
 
 
 def _made(make: Any) -> nn.Module:
     try:
         with torch.device("meta"):
-            count = sum(p.numel() for p in make().parameters())
+            count = _number_of_parameters(make())
     except NotImplementedError:  # it reads numbers while it is made, as torchvision's RegNet does
         count = 0
-    if count > MOST_PARAMETERS:
-        raise ValueError(f"{count:,} parameters are too many")
+    _check_size(count, _MOST_BUILT)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = make().eval()
@@ -142,8 +167,33 @@ def _accepted(model: nn.Module, values: tuple[Any, ...]) -> dict[str, Any]:
     return kwargs
 
 
+def _shallow(model: nn.Module, kwargs: dict[str, Any], recipe: str) -> tuple[dict[str, Any], str]:
+    """Makes a model shallow, and says so in the recipe."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(**kwargs)
+
+    if make_shallow(model, run):
+        recipe += ", two blocks of each kind"
+    _check_size(_number_of_parameters(model), MOST_PARAMETERS)
+    return kwargs, recipe
+
+
+def _number_of_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _check_size(count: int, most: int) -> None:
+    if count > most:
+        raise ValueError(f"{count:,} parameters are too many")
+
+
 def _likely_size(name: str) -> tuple[int, int, str]:
+    """Smaller ones first, then those whose names say nothing, then larger ones."""
     place = next((i for i, word in enumerate(_SMALLER) if word in name), len(_SMALLER))
+    if place == len(_SMALLER) and not _SMALLER_WORDS & {*name.split("_")}:
+        place += 1 + any(word in name for word in _LARGER)
     return place, len(name), name
 
 

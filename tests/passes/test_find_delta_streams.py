@@ -325,3 +325,21 @@ def test_a_carrier_that_is_filled_in_place_is_none() -> None:
         return y * 0.5 + m.f(x)
 
     assert not analyse(twice(filled), route="dynamo").streams
+
+
+@pytest.mark.parametrize("route", EACH_ROUTE)
+def test_several_results_of_an_operator_are_no_carrier(route: str) -> None:
+    """Res2Net's groups of channels: each is added to what the one before became."""
+
+    def grouped(m: Any, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return torch.cat((m.f(first), m.g(second + m.f(first))), 1)
+
+    assert not analyse(grouped, route=route).streams
+
+    def within_a_group(m: Any, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        second = 0.9 * second + m.f(second)
+        return torch.cat((first, 0.9 * second + m.g(second)), 1)
+
+    assert depths(analyse(within_a_group, route=route)) == [2]
