@@ -113,3 +113,66 @@ def test_a_language_model_without_weights_is_planned_as_with_them(use_cache: boo
     ids = torch.ones(2, 7, dtype=torch.long, device="meta")
     assert attnres_compile.plan(bare, (), {"input_ids": ids}).streams == planned.streams
     assert bare.config.use_cache is use_cache
+
+
+class Decoder(nn.Module):
+    """Adds what it is given, and a sublayer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, skipped: Tensor) -> Tensor:
+        x = x + skipped
+        return self.norm(x + self.linear(x))
+
+
+class LongSkip(Shared):
+    """What the decoder adds was made of what it adds it to, in the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.linear(x)
+        return self.decoder(self.norm(self.block(first)).tanh(), first)
+
+
+class Unrelated(LongSkip):
+    """What the decoder adds are two things: the sum is the root of a stream of one sublayer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.block(self.linear(x))), x.sum(1, keepdim=True) * 0 + 1)
+
+
+class InnerSkip(LongSkip):
+    """Branch and skip come from the decoder itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.linear(x))
+
+
+def test_an_owner_holds_the_paths_that_make_its_additions_residual() -> None:
+    """Run alone, the decoder could not tell that one of its arguments was made of the other."""
+    model = LongSkip().double()
+    x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
+    converted = attnres_compile.convert(model, (x,))
+    found = [
+        (s.owner, [a.module_path for b in s.blocks for sub in b for a in sub.additions])
+        for s in converted.plan.streams
+    ]
+    assert ("", ["decoder", "decoder"]) in found
+    assert error(converted(x), model(x)) < 1e-12
+    report = attnres_compile.verify(model, converted, (x,))
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(("kind", "owners"), [(InnerSkip, ["decoder"]), (Unrelated, ["block"])])
+def test_an_owner_is_no_larger_than_its_paths(kind: Any, owners: list[str]) -> None:
+    plan = attnres_compile.plan(kind(), (torch.randn(3, 5, WIDTH),))
+    assert [stream.owner for stream in plan.streams] == owners
