@@ -22,7 +22,7 @@ from attnres_compile.passes.classify_readers import (
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_existing import find_existing
 from attnres_compile.passes.find_streams import find_streams
-from attnres_compile.passes.graph_values import ModuleCall, module_path
+from attnres_compile.passes.graph_values import ModuleCall, module_path, nodes_without_gradients
 from attnres_compile.passes.locate_sites import locate_sites
 from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.plans import ConversionPlan, PlannedStream, Site
@@ -32,6 +32,8 @@ from attnres_compile.stream_plans import (
     ordinals_by_owner_call,
     owner_calls,
     plan_stream,
+    untrainable,
+    untrainable_refusal,
     unusable,
 )
 
@@ -129,6 +131,12 @@ def plan_of_graph(
     owners = owners_of(analysis.streams, view)
     ordinals = ordinals_by_owner_call(analysis.streams, owners)
     keys = [_call_key(stream, owners, ordinals) for stream, _ in found]
+    silent = _untrainable(keys, found, graph)
+    refused += [
+        (s, untrainable_refusal(s)) for (s, _), k in zip(found, keys, strict=True) if k in silent
+    ]
+    found = [pair for pair, key in zip(found, keys, strict=True) if key not in silent]
+    keys = [key for key in keys if key not in silent]
     first = _first_calls(keys, found)
     names = _stream_names([stream for stream, _ in first])
     options = dict(zip(names, blocks_by_stream(names, config), strict=True))
@@ -221,6 +229,19 @@ def _first_calls(
     for key, stream in zip(keys, streams, strict=True):
         first.setdefault(key, stream)
     return list(first.values())
+
+
+def _untrainable(
+    keys: list[CallKey], streams: list[tuple[ResidualStream, int]], graph: fx.Graph
+) -> set[CallKey]:
+    """What no call of its owner gives a gradient."""
+    without = nodes_without_gradients(graph)
+    trained = {
+        key
+        for key, (stream, _) in zip(keys, streams, strict=True)
+        if not untrainable(stream, without)
+    }
+    return {key for key in keys if key not in trained}
 
 
 def _stream_names(streams: list[ResidualStream]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -68,6 +68,21 @@ def unusable(
     if len({value_of(state.node).device for state in stream.states}) > 1:
         return Refusal("mixed-devices", "the stream moves between devices", *where)
     return None
+
+
+def untrainable(stream: ResidualStream, without_gradients: Container[fx.Node]) -> bool:
+    """Whether a query of the stream could get no gradient: its site stands under no_grad."""
+    return any(state.node in without_gradients for state in stream.sites if state.addition)
+
+
+def untrainable_refusal(stream: ResidualStream) -> Refusal:
+    first = stream.additions[0].node
+    return Refusal(
+        "no-gradient",
+        "the model runs the stream under torch.no_grad, so that its queries could not be trained",
+        module_path(first),
+        source_line(first),
+    )
 
 
 def plan_stream(

@@ -176,3 +176,52 @@ def test_an_owner_holds_the_paths_that_make_its_additions_residual() -> None:
 def test_an_owner_is_no_larger_than_its_paths(kind: Any, owners: list[str]) -> None:
     plan = attnres_compile.plan(kind(), (torch.randn(3, 5, WIDTH),))
     assert [stream.owner for stream in plan.streams] == owners
+
+
+class Recurrent(Shared):
+    """Its first round, and its last where `all_rounds`, run without gradients."""
+
+    all_rounds = False
+    shared = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.block if self.shared else self.other
+        with torch.no_grad():
+            x = first(x)
+        x = self.norm(x)
+        with torch.set_grad_enabled(not self.all_rounds):
+            return self.norm(self.block(x))
+
+
+class Unrolled(Recurrent):
+    shared = True
+
+
+class Frozen(Recurrent):
+    all_rounds = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "owners", "refused"),
+    [
+        (Recurrent, ["block"], ["other"]),
+        (Unrolled, ["block"], []),  # one set of queries, trained by the last round
+        (Frozen, [], ["other", "block"]),
+    ],
+)
+def test_a_stream_whose_queries_could_get_no_gradient(
+    kind: Any, owners: list[str], refused: list[str]
+) -> None:
+    model, x = kind(), torch.randn(3, 5, WIDTH)
+    plan = attnres_compile.plan(model, (x,))
+    assert [stream.owner for stream in plan.streams] == owners
+    assert [(each.kind, each.module_path) for each in plan.refusals] == [
+        ("no-gradient", path) for path in refused
+    ]
+    if not owners:
+        return
+    converted = attnres_compile.convert(model, (x,))
+    converted(x).square().sum().backward()
+    new = [p for n, p in converted.named_parameters() if "attnres" in n]
+    assert new
+    assert all(p.grad is not None for p in new)

@@ -109,8 +109,12 @@ def _lost(task: Task, status: str, detail: str) -> dict[str, Any]:
 
 
 def _work(task: Task, send: Connection, delta_sources: bool) -> None:
+    import torch
+
     from check_model import check
 
+    # Autograd's threads ask for the pool that a fork leaves behind; at once, they find none.
+    torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     send.send(check(*task, delta_sources=delta_sources).to_json())
     send.close()

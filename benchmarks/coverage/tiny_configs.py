@@ -20,7 +20,7 @@ _SMALL: dict[str, int] = {
         "decoder_hidden_dim encoder_hidden_dim attention_hidden_size lru_width q_lora_rank "
         "kv_lora_rank share_hidden_size backbone_hidden_size hidden_size_per_layer_input "
         "encoder_out_channels decoder_in_channels neck_hidden_size "
-        "cross_attention_hidden_size".split(),
+        "cross_attention_hidden_size cross_hidden_size hidden_size_global".split(),
         WIDTH,
     ),
     **dict.fromkeys(
@@ -38,7 +38,8 @@ _SMALL: dict[str, int] = {
         "encoder_num_attention_heads swa_num_attention_heads swa_num_key_value_heads "
         "predictor_num_attention_heads pred_num_attention_heads "
         "mamba_num_heads linear_num_key_heads linear_num_value_heads num_kv_heads "
-        "num_encoder_attention_heads num_decoder_attention_heads mamba_n_heads".split(),
+        "num_encoder_attention_heads num_decoder_attention_heads mamba_n_heads "
+        "cross_num_attention_heads cross_num_key_value_heads".split(),
         HEADS,
     ),
     **dict.fromkeys(
@@ -53,7 +54,8 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(
         "head_dim d_kv attention_head_size linear_key_head_dim linear_value_head_dim v_head_dim "
         "qk_nope_head_dim qk_rope_head_dim mamba_d_head mamba_head_dim dim_head kv_channels "
-        "head_size global_head_dim qk_head_dim swa_head_dim swa_v_head_dim".split(),
+        "head_size global_head_dim qk_head_dim swa_head_dim swa_v_head_dim "
+        "cross_head_dim".split(),
         WIDTH // HEADS,
     ),
     **dict.fromkeys(
@@ -180,8 +182,10 @@ def _part(part: Any, fixed: Any, how: Recipe) -> dict[str, Any]:
     plain = type(part)().to_dict()
     parts = getattr(part, "sub_configs", {})
     kept = {k: v for k, v in part.to_dict().items() if k in plain and plain[k] != v}
-    kept = {name: value for name, value in kept.items() if name not in parts}
-    return kept | _small(part, given, how)
+    arguments = {**{k: v for k, v in kept.items() if k not in parts}, **_small(part, given, how)}
+    if "out_indices" in given:  # the same layers by another name
+        arguments.pop("out_features", None)
+    return arguments
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,24 +14,40 @@ _DEPTHS = {
     "backbone_config": {"model_type": "dinov2", **_FOUR_STATES, "reshape_hidden_states": False},
     "reassemble_hidden_size": 32,
 }
-_NARROW = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320}
+_NARROW = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 128}
+_FOUR_STAGES = {
+    "backbone_config": {
+        "model_type": "swin",
+        "image_size": 128,
+        "patch_size": 4,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+}
 _ONE_PATCH = {"image_size": 16, "patch_size": 4}
 
 FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "AlignConfig": {"projection_dim": 80},
     "AlignVisionConfig": _NARROW,
     "AutoformerConfig": {"prediction_length": 4, "context_length": 8, "label_length": 4},
     "Blip2Config": {"image_token_index": 90},
     "BltConfig": {"encoder_hash_byte_group_vocab": 64},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 90, "IMGIMGBZ": 91}},
-    "CHMv2Config": {"backbone_config": {"model_type": "dinov3_vit", **_FOUR_STATES}},
+    "CHMv2Config": {
+        "backbone_config": {
+            "model_type": "dinov3_vit",
+            "return_class_token": True,
+            **_FOUR_STATES,
+        }
+    },
     "CohereCompassConfig": {"rope_parameters": _TWO_ROPES},
     "CohereCompassTextConfig": {"rope_parameters": _TWO_ROPES},
     "CvtConfig": {"depth": [1, 2, 3]},
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
     "DepthAnythingConfig": _DEPTHS,
     "DepthProConfig": {
         "patch_size": 16,
+        "intermediate_hook_ids": [1, 0],
         "image_model_config": _ONE_PATCH,
         "patch_model_config": _ONE_PATCH,
         "fov_model_config": _ONE_PATCH,
@@ -42,7 +58,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "Emu3Config": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}},
     "Emu3VQVAEConfig": {"base_channels": 32, "num_res_blocks": 1},
     "FunAsrNanoConfig": {
-        "adaptor_config": {"intermediate_size": 8},
+        "adaptor_config": {"intermediate_size": 8, "hidden_size": 32},
         "text_config": {"model_type": "qwen3", "hidden_size": 32},
     },
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
@@ -51,6 +67,9 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "Gemma4UnifiedTextConfig": {"num_kv_shared_layers": 0},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "InstructBlipConfig": {"image_token_index": 90},
+    "InstructBlipVideoConfig": {"video_token_index": 90},
+    "Kosmos2Config": {"latent_query_num": 8},
     "Lfm2MoeConfig": {
         "layer_types": ["conv", "full_attention"],
         "num_hidden_layers": 2,
@@ -63,16 +82,26 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
             "num_windows": 4,
             "window_block_indices": [0, 2],
             **_FOUR_STATES,
-        }
+        },
+        "projector_scale_factors": [1.0],
     },
+    "HunYuanVLTextConfig": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}},
+    "Mask2FormerConfig": _FOUR_STAGES,
+    "MiMoV2FlashConfig": {"num_key_value_heads": 2},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "MoonshineStreamingConfig": {"num_key_value_heads": 4},
+    "OneFormerConfig": _FOUR_STAGES,
     "Pix2StructTextConfig": {"initializer_range": 0.02},
     "PromptDepthAnythingConfig": _DEPTHS,
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 64},
     "Qwen4ExpTextConfig": {
         "layer_types": ["linear_attention", "indexed_attention"],
         "num_hidden_layers": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
     },
 }
 """By the name of a config class: fields it gets whatever the recipe; a dict is for a sub-config."""
@@ -109,13 +138,15 @@ def _decisions(model: Any) -> dict[str, Any]:
 def _image_tokens(model: Any) -> dict[str, Any]:
     """BLIP: as many image tokens as there are queries, and text for the query transformer."""
     config = model.config
-    count, side = config.num_query_tokens, config.vision_config.image_size
-    placeholders = torch.full((2, count), config.image_token_index)
+    count, side, frames = config.num_query_tokens, config.vision_config.image_size, ()
+    token = getattr(config, "image_token_index", None)
+    if token is None:
+        token, count, frames = config.video_token_index, 2 * count, (2,)
     inputs = {
-        "pixel_values": torch.randn(2, 3, side, side),
-        "input_ids": torch.cat([placeholders, _tokens(2)], dim=1),
+        "pixel_values": torch.randn(2, *frames, 3, side, side),
+        "input_ids": torch.cat([torch.full((2, count), token), _tokens(2)], dim=1),
     }
-    if "InstructBlip" in type(model).__name__:
+    if "Instruct" in type(model).__name__:
         inputs |= {
             "qformer_input_ids": _tokens(2),
             "qformer_attention_mask": torch.ones(2, 8, dtype=torch.long),
@@ -161,6 +192,11 @@ def _classes_and_tasks(model: Any) -> dict[str, Any]:
 def _stacked_spectrograms(model: Any) -> dict[str, Any]:
     config = model.config.encoder_config
     return {"input_features": torch.randn(2, 64, 4 * config.num_mel_bins)}
+
+
+def _images_and_tasks(model: Any) -> dict[str, Any]:
+    length = model.config.task_seq_len
+    return {"pixel_values": torch.randn(2, 3, 128, 128), "task_inputs": torch.rand(2, length)}
 
 
 def _four_patches(model: Any) -> dict[str, Any]:
@@ -237,7 +273,9 @@ INPUTS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "GraniteSpeech5ForCTC": _stacked_spectrograms,
     "IdeficsModel": _attended_images,
     "InstructBlipModel": _image_tokens,
+    "InstructBlipVideoModel": _image_tokens,
     "Kosmos2Model": _image_positions,
+    "OneFormerModel": _images_and_tasks,
     "OmDetTurboForObjectDetection": _classes_and_tasks,
     "DecisionTransformerModel": _decisions,
     "InformerModel": _time_series,

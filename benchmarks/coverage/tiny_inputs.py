@@ -58,7 +58,8 @@ def _choices(model: Any, parameters: Any, known: Inputs, required: set[str]) -> 
     def those(*names: str) -> Inputs:
         return {name: known[name] for name in names if name in known}
 
-    main = those(model.main_input_name, *required)
+    named = model.main_input_name
+    main = those(*([named] if isinstance(named, str) else named), *required)
     decoder = those("decoder_input_ids")
     if getattr(model.config, "is_encoder_decoder", False) and decoder:
         yield main | decoder | no_cache
