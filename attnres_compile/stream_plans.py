@@ -70,19 +70,13 @@ def unusable(
     return None
 
 
-def untrainable(stream: ResidualStream, without_gradients: Container[fx.Node]) -> bool:
-    """Whether a query of the stream could get no gradient: its site stands under no_grad."""
-    return any(state.node in without_gradients for state in stream.sites if state.addition)
-
-
-def untrainable_refusal(stream: ResidualStream) -> Refusal:
-    first = stream.additions[0].node
-    return Refusal(
-        "no-gradient",
-        "the model runs the stream under torch.no_grad, so that its queries could not be trained",
-        module_path(first),
-        source_line(first),
-    )
+def trained_states(stream: ResidualStream, with_gradients: Container[fx.Node]) -> set[int]:
+    """The positions of the states that a gradient comes back to from some reader."""
+    return {
+        position
+        for position, state in enumerate(stream.states)
+        if state.node in with_gradients and any(r.user in with_gradients for r in state.reads)
+    }
 
 
 def plan_stream(

@@ -95,14 +95,3 @@ def source_line(node: fx.Node) -> str:
 def functions_around(node: fx.Node) -> set[str]:
     """Names of the Python functions a node was traced through."""
     return {frame["function"] for frame in _FRAME.finditer(node.meta.get("stack_trace") or "")}
-
-
-def nodes_without_gradients(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that the model runs under ``torch.no_grad``."""
-    found, enabled = set(), True
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif not enabled:
-            found.add(node)
-    return found

@@ -216,7 +216,7 @@ def test_a_stream_whose_queries_could_get_no_gradient(
     plan = attnres_compile.plan(model, (x,))
     assert [stream.owner for stream in plan.streams] == owners
     assert [(each.kind, each.module_path) for each in plan.refusals] == [
-        ("no-gradient", path) for path in refused
+        ("no-gradient", path) for path in refused for _ in range(2)
     ]
     if not owners:
         return
@@ -225,3 +225,47 @@ def test_a_stream_whose_queries_could_get_no_gradient(
     new = [p for n, p in converted.named_parameters() if "attnres" in n]
     assert new
     assert all(p.grad is not None for p in new)
+
+
+class Dead(Shared):
+    """What is made of the third state and of those after it is not returned."""
+
+    detached = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        state = x + self.linear(self.norm(x))
+        unused = self.other(state)
+        return x + unused.detach().sum() if self.detached else x.tanh()
+
+
+class Detached(Dead):
+    detached = True
+
+
+class Alive(Dead):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return self.other(x + self.linear(self.norm(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        (Dead, [False, False, False, True, True]),  # of five additions nothing reads the last
+        (Detached, [False, False, False, True, True, True]),
+        (Alive, [False] * 6),
+    ],
+)
+def test_a_site_that_no_gradient_comes_back_to(kind: Any, left_out: list[bool]) -> None:
+    """It reads the plain sum: invariant of a conversion, no parameter without a gradient."""
+    model, x = kind().double(), torch.randn(3, 5, WIDTH, dtype=torch.float64)
+    converted = attnres_compile.convert(model, (x,))
+    (stream,) = converted.plan.streams
+    assert [site.left_out for site in stream.sites] == left_out
+    converted(x).square().sum().backward()
+    new = [p for n, p in converted.named_parameters() if "attnres" in n]
+    assert len(new) == 2 * (len(left_out) - 1 - sum(left_out))
+    assert all(p.grad is not None for p in new)
+    report = attnres_compile.verify(model, converted, (x,))
+    assert report.passed, report
