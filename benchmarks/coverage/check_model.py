@@ -19,13 +19,14 @@ import attnres_compile
 import tiny_transformers
 import tiny_vision
 from attnres_compile.capture import capture
-from attnres_compile.comparing import compare, run
+from attnres_compile.comparing import compare, named_tensors, run
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import CaptureError
 from attnres_compile.planning import plan_of_capture
 from attnres_compile.plans import ConversionPlan
 from attnres_compile.verification import tolerance
 
+_MOST_NOISE = 5
 STATUSES = ("converted", "refused", "capture failed", "wrong", "not built", "out of time")
 
 
@@ -83,7 +84,7 @@ def check(library: str, name: str, *, delta_sources: bool = False) -> Result:
     try:
         with _timed(result, "build"):
             model, kwargs, result.detail = make()
-            _perturb(model)
+            _perturb(model, kwargs)
     except Exception as error:
         result.detail = _sentence(error)
         return result
@@ -212,14 +213,21 @@ def _take_a_step(converted: Any) -> None:
         raise AssertionError("no query has moved")
 
 
-def _perturb(model: nn.Module) -> None:
-    """Noise on every parameter: layer scales of 1e-6 and zero gates would hide a wrong branch."""
+def _perturb(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Noise on every parameter: layer scales of 1e-6 and zero gates would hide a wrong branch.
+
+    So would a last ReLU that lets nothing through: then there is more noise.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 16
-                parameter += torch.randn_like(parameter) * (0.3 / math.sqrt(max(fan_in, 1)))
+        for _ in range(_MOST_NOISE):
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 16
+                    parameter += torch.randn_like(parameter) * (0.3 / math.sqrt(max(fan_in, 1)))
+            outputs = dict(named_tensors(model(**kwargs)))
+            if any(bool(output.any()) for output in outputs.values()):
+                return
 
 
 @contextlib.contextmanager

@@ -91,6 +91,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "MoonshineStreamingConfig": {"num_key_value_heads": 4},
     "OneFormerConfig": _FOUR_STAGES,
+    "OpenAIPrivacyFilterConfig": {"experts_implementation": "grouped_mm"},
     "Pix2StructTextConfig": {"initializer_range": 0.02},
     "PromptDepthAnythingConfig": _DEPTHS,
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 64},

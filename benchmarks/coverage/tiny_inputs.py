@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tiny_configs import IMAGE, VOCABULARY
 from tiny_exceptions import INPUTS
@@ -31,12 +32,18 @@ def inputs_of(model: Any) -> Inputs:
         tried.append(shapes)
         try:
             with torch.no_grad():
-                model(**kwargs)
+                _check_numbers(model(**kwargs))
         except Exception as error:
             first = first or error
             continue
         return kwargs
     raise first or ValueError("no inputs are known for its arguments")
+
+
+def _check_numbers(outputs: Any) -> None:
+    leaves = tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in leaves):
+        raise ValueError("it returns values that are not a number")
 
 
 def _candidates(model: Any) -> Iterator[Inputs]:
