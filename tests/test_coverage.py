@@ -5,9 +5,11 @@ The whole sweep is ``python benchmarks/coverage/sweep.py``; its results are in d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ import tiny_configs
 import tiny_inputs
 import tiny_transformers
 import tiny_vision
+from attnres_compile.comparing import compare, run
 from report import report
 
 
@@ -224,6 +227,37 @@ def test_stripped_weights_are_compared_bit_for_bit() -> None:
     other["layers.0.bias"].view(-1)[0] += 1e-7
     with pytest.raises(AssertionError, match=r"layers\.0\.bias differs"):
         check_model._check_same(other, before)
+
+
+class Amplifying(Chain):
+    """One unit in the last place of float64 is 1e-8 of its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) * 1e8).sin()
+
+
+@pytest.mark.parametrize(("off", "excused"), [(2e-16, True), (1e-12, False)])
+def test_roundings_that_a_model_amplifies(
+    monkeypatch: pytest.MonkeyPatch, off: float, excused: bool
+) -> None:
+    """No tolerance holds for it; what is wrong by 1e-12 is told from roundings all the same."""
+
+    def verify(model: nn.Module, other: nn.Module, args: Any, kwargs: Any) -> Any:
+        runs = [run(copy.deepcopy(each), args, kwargs) for each in (model, other)]
+        return SimpleNamespace(comparisons=compare(*runs, torch.float64, 1e-10))
+
+    monkeypatch.setattr(check_model.attnres_compile, "verify", verify)
+    torch.manual_seed(0)
+    model, x = Amplifying().double(), torch.randn(30, 4, dtype=torch.float64)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter *= 1 + off
+    (output, *_) = verify(model, other, (), {"x": x}).comparisons
+    assert 1e-10 < output.relative < 1e-2
+    outcome = contextlib.nullcontext() if excused else pytest.raises(AssertionError, match="differ")
+    with outcome:
+        check_model._check_in_float64(model, other, {"x": x})
 
 
 def line(model: str, status: str, **other: Any) -> dict[str, Any]:
