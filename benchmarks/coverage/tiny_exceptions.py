@@ -94,6 +94,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "OpenAIPrivacyFilterConfig": {"experts_implementation": "grouped_mm"},
     "Pix2StructTextConfig": {"initializer_range": 0.02},
     "PromptDepthAnythingConfig": _DEPTHS,
+    "ShieldGemma2Config": {"yes_token_index": 5, "no_token_index": 6},
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 64},
     "Qwen4ExpTextConfig": {
         "layer_types": ["linear_attention", "indexed_attention"],
@@ -205,12 +206,28 @@ def _four_patches(model: Any) -> dict[str, Any]:
 
 
 def _masked_pairs(model: Any) -> dict[str, Any]:
-    """With both masks: without one, its search for padding depends on the data."""
+    """With both masks: a model that makes its own does so from the data, or not in a capture."""
     return {
         "input_ids": _tokens(2),
         "attention_mask": torch.ones(2, 8, dtype=torch.long),
         "decoder_input_ids": _tokens(2),
         "decoder_attention_mask": torch.ones(2, 8, dtype=torch.long),
+        "use_cache": False,
+    }
+
+
+def _prompted_images(model: Any) -> dict[str, Any]:
+    """The prompt is put above the image, so that both have half its height."""
+    height, width = model.config.image_size
+    sizes = (2, 3, height // 2, width)
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return {name: torch.randn(*sizes) for name in names}
+
+
+def _speech_and_text(model: Any) -> dict[str, Any]:
+    return {
+        "input_values": torch.randn(2, 4000),
+        "decoder_input_ids": _tokens(2),
         "use_cache": False,
     }
 
@@ -281,12 +298,16 @@ INPUTS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "DecisionTransformerModel": _decisions,
     "InformerModel": _time_series,
     "JevForDecision": _decision,
+    "LongT5Model": _masked_pairs,
     "LxmertModel": _visual_features,
     "MuseGlimmerAssistantModel": _denoising,
     "PerceiverModel": _byte_embeddings,
     "PPOCRV5MobileDetModel": _images_as_states,
     "PPOCRV5MobileRecModel": _wide_text_line,
     "PPOCRV5ServerRecModel": _wide_text_line,
+    "SegGptModel": _prompted_images,
+    "SpeechEncoderDecoderModel": _speech_and_text,
+    "SwitchTransformersModel": _masked_pairs,
     "TimeSeriesTransformerModel": _time_series,
 }
 """By the name of a model's class: the keyword inputs for it."""

@@ -93,6 +93,13 @@ def _with_channels(known: Inputs, model: Any) -> Inputs:
     return known
 
 
+def _transposed(known: Inputs, model: Any) -> Inputs:
+    """Spectrograms the other way round."""
+    if "input_features" in known:
+        known["input_features"] = known["input_features"].mT
+    return known
+
+
 def _with_codebooks(known: Inputs, model: Any, *, also: int = 0) -> Inputs:
     """Tokens of several codebooks at a time, of the decoder only where there is one."""
     books = _first(model.config, "num_codebooks", "n_codebooks", "num_channels")
@@ -109,6 +116,7 @@ def _with_codebooks_and_text(known: Inputs, model: Any) -> Inputs:
 _SHAPES: tuple[Callable[[Inputs, Any], Inputs], ...] = (
     _as_named,
     _with_channels,
+    _transposed,
     _with_codebooks,
     _with_codebooks_and_text,
 )
