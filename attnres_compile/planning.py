@@ -22,16 +22,24 @@ from attnres_compile.passes.classify_readers import (
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_existing import find_existing
 from attnres_compile.passes.find_streams import find_streams
+from attnres_compile.passes.follow_gradients import nodes_with_gradients
 from attnres_compile.passes.graph_values import ModuleCall, module_path
 from attnres_compile.passes.locate_sites import locate_sites
 from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.plans import ConversionPlan, PlannedStream, Site
-from attnres_compile.selection import SitePaths, blocks_by_stream, check_blocks, select
+from attnres_compile.selection import (
+    SitePaths,
+    blocks_by_stream,
+    check_blocks,
+    leave_out_untrained,
+    select,
+)
 from attnres_compile.stream_plans import (
     common_path,
     ordinals_by_owner_call,
     owner_calls,
     plan_stream,
+    trained_states,
     unusable,
 )
 
@@ -132,14 +140,21 @@ def plan_of_graph(
     first = _first_calls(keys, found)
     names = _stream_names([stream for stream, _ in first])
     options = dict(zip(names, blocks_by_stream(names, config), strict=True))
-    planned = [
-        plan_stream(s, c, name, owners[id(s)].path, ordinals, options[name])
-        for (s, c), name in zip(first, names, strict=True)
-    ]
+    trained = dict(zip(names, _trained(keys, found, view), strict=True))
+    planned, silent = leave_out_untrained(
+        _with_sites_apart(
+            [
+                plan_stream(s, c, name, owners[id(s)].path, ordinals, options[name])
+                for (s, c), name in zip(first, names, strict=True)
+            ]
+        ),
+        trained,
+    )
     paths: SitePaths = {}
     if config.sites is not None:
         paths = {n: locate_sites(view, s) for (s, _), n in zip(first, names, strict=True)}
-    streams, left_out = select(_with_sites_apart(planned), paths, config)
+    streams, left_out = select(planned, paths, config)
+    left_out |= silent
     check_blocks(streams, options)
     kept = {stream.name: stream for stream in streams}
     name_of = dict(zip(dict.fromkeys(keys), names, strict=True))
@@ -221,6 +236,17 @@ def _first_calls(
     for key, stream in zip(keys, streams, strict=True):
         first.setdefault(key, stream)
     return list(first.values())
+
+
+def _trained(
+    keys: list[CallKey], streams: list[tuple[ResidualStream, int]], view: Dataflow
+) -> list[set[int]]:
+    """For each owner's stream: the states whose queries get a gradient from one of its calls."""
+    reached = nodes_with_gradients(view)
+    trained: dict[CallKey, set[int]] = defaultdict(set)
+    for key, (stream, _) in zip(keys, streams, strict=True):
+        trained[key] |= trained_states(stream, reached)
+    return list(trained.values())
 
 
 def _stream_names(streams: list[ResidualStream]) -> list[str]:

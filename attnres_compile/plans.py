@@ -52,8 +52,8 @@ class Site:
         name: what it stands before, unique in its owner.
         depth: how many residual additions precede the read; 0 is the root.
         state: its position among the stream's states, absorbed additions counted too.
-        num_sources: what it attends over; 1 for the root and for a site that the options leave
-            out, which are read as they are.
+        num_sources: what it attends over; 1 for the root and for a site that is left out, which are
+            read as they are.
         module_path: path of the first module that reads it.
         readers: who reads it, and whether they see its scale.
         query_name, gain_name: names among the converted model's parameters; None without one.
@@ -70,7 +70,7 @@ class Site:
 
     @property
     def left_out(self) -> bool:
-        """Whether the options leave it out: its readers get the plain residual sum."""
+        """Whether its readers get the plain sum: by the options, or for want of a gradient."""
         return self.state > 0 and self.query_name is None
 
 

@@ -1,4 +1,4 @@
-"""Carry out the options that choose: which streams and sites, and how many blocks each stream."""
+"""Which streams and sites are converted, by the options and by what can be trained, and blocks."""
 
 from __future__ import annotations
 
@@ -69,6 +69,37 @@ def select(
     empty = [stream for stream in thinned if not any(site.query_name for site in stream.sites)]
     refusals |= {stream.name: _left_out(stream, "sites") for stream in empty}
     return [stream for stream in thinned if stream not in empty], refusals
+
+
+def leave_out_untrained(
+    streams: Sequence[PlannedStream], trained: Mapping[str, set[int]]
+) -> tuple[list[PlannedStream], dict[str, list[Refusal]]]:
+    """The sites a gradient comes back to; refusals of the streams without any, by name.
+
+    `trained` holds the states of these sites, by the name of the stream.
+    """
+    thinned = [
+        dataclasses.replace(
+            stream,
+            sites=tuple(
+                site if site.state in trained[stream.name] else _plain(site)
+                for site in stream.sites
+            ),
+        )
+        for stream in streams
+    ]
+    silent = [stream for stream in thinned if not any(site.query_name for site in stream.sites)]
+    reason = (
+        "no gradient comes back to the stream (it runs under torch.no_grad, or no output is made "
+        "of it), so that its queries could not be trained"
+    )
+    refusals = {
+        stream.name: [
+            Refusal("no-gradient", reason, a.module_path, a.source) for a in stream.additions
+        ]
+        for stream in silent
+    }
+    return [stream for stream in thinned if stream not in silent], refusals
 
 
 def _with_chosen_sites(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -12,11 +12,12 @@ from torch import fx, nn
 from attnres_compile.config import AttnResConfig
 from attnres_compile.containers import CONTAINERS, runs_all_children
 from attnres_compile.passes.classify_readers import Reader, classify_readers
-from attnres_compile.passes.dataflow import Dataflow
+from attnres_compile.passes.dataflow import Dataflow, Reads
 from attnres_compile.passes.graph_values import (
     ModuleCall,
     dtype_of,
     functions_around,
+    is_tensor,
     module_calls,
     module_path,
     shape_of,
@@ -24,7 +25,7 @@ from attnres_compile.passes.graph_values import (
     value_of,
 )
 from attnres_compile.passes.identify_additions import identify_additions
-from attnres_compile.passes.operations import operation, writes_into
+from attnres_compile.passes.operations import mixes_elements, operation, writes_into
 from attnres_compile.passes.partition_blocks import layers_of, partition_blocks
 from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.plans import PlannedAddition, PlannedStream, Site, Sublayer
@@ -69,6 +70,15 @@ def unusable(
     return None
 
 
+def trained_states(stream: ResidualStream, with_gradients: Container[fx.Node]) -> set[int]:
+    """The positions of the states that a gradient comes back to from some reader."""
+    return {
+        position
+        for position, state in enumerate(stream.states)
+        if state.node in with_gradients and any(r.user in with_gradients for r in state.reads)
+    }
+
+
 def plan_stream(
     stream: ResidualStream,
     channel: int,
@@ -107,16 +117,19 @@ def owner_calls(
 ) -> dict[int, ModuleCall]:
     """The owner of each stream, by its id, and the call of the owner that the stream is in.
 
-    It is the innermost module one call of which holds every addition, and the memory that any of
-    them writes into (mixes do not write into what the caller gave), and every other call of which
-    holds such streams too: its forward is rewritten, whoever calls it.
+    It is the innermost module one call of which holds every addition, the paths that make these
+    residual additions, and the memory that any of them writes into (mixes do not write into what
+    the caller gave), and every other call of which holds such streams too: its forward is
+    rewritten, whoever calls it.
     """
+    reads = Reads(view)
     possible = {id(stream): _possible_owners(stream, model) for stream in streams}
     for stream in streams:
         possible[id(stream)] = [
             owner
             for owner in possible[id(stream)]
             if all(_is_inside(node, owner) for node in written_memory(stream, view.memory))
+            and _is_residual_inside(stream, owner, view, reads)
         ]
     calls = _calls_by_path(view)
     while True:
@@ -127,6 +140,37 @@ def owner_calls(
         for identity, owner in owners.items():
             if owner.path in uneven:
                 possible[identity].pop(0)
+
+
+def _is_residual_inside(
+    stream: ResidualStream, owner: ModuleCall, view: Dataflow, reads: Reads
+) -> bool:
+    """Whether branches depend on their root by paths that the owner sees when it runs alone.
+
+    In a U-net the skip and the upsampled states may both come to the decoder as arguments; that one
+    is made of the other shows only where the encoder is called too.
+    """
+    if not owner.call:
+        return True
+    root_of: dict[fx.Node, fx.Node] = {}
+    for addition in filter(None, (state.addition for state in stream.states)):
+        root_of[addition.node] = root_of.get(addition.previous, addition.previous)
+    bit = {root: 1 << index for index, root in enumerate(dict.fromkeys(root_of.values()))}
+    reached: dict[fx.Node, int] = dict.fromkeys(view.order, 0)
+    mixed: dict[fx.Node, int] = dict.fromkeys(view.order, 0)
+    for node in view.order:
+        if not _is_inside(node, owner):
+            continue
+        for part in view.flow.predecessors(node):
+            read = reads.value_read(part, node) if is_tensor(part) else part
+            reached[node] |= reached[part] | bit.get(part, 0) | bit.get(read, 0)
+            mixed[node] |= mixed[part]
+        if mixes_elements(node):
+            mixed[node] |= reached[node]
+    return all(
+        any(mixed[reads.value_read(part, a.node)] & bit[root_of[a.node]] for part in a.branch)
+        for a in stream.additions
+    )
 
 
 def written_memory(stream: ResidualStream, memory: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:

@@ -18,7 +18,7 @@ from attnres_compile.passes.graph_values import is_tensor, shape_of
 
 LONGEST_INTERRUPTION = 16  # nodes; the longest decomposed norm seen has 11
 _MOST_NODES_BETWEEN = 200  # looked at between two values, side computations counted
-_MOST_NODES_OF_A_SCALE = 8  # between a learned gate and the parameters that it is made of
+_MOST_NODES_OF_A_SCALE = 16  # between a learned gate and the parameters that it is made of
 Order = tuple[int, ...]
 
 
@@ -89,6 +89,17 @@ def walk_up_alterations(node: fx.Node, reads: Reads) -> Iterator[tuple[fx.Node, 
             return
         below, current = current, reads.value_read(source, current)
         yield below, current
+
+
+def is_scale(node: fx.Node) -> bool:
+    """Parameters and inputs as they were given, or what is made of them element by element."""
+    pending = [node]
+    for seen, current in enumerate(pending):
+        if seen == _MOST_NODES_OF_A_SCALE or not ops.is_elementwise(current):
+            return False
+        if not ops.is_constant(current):
+            pending += [part for part in ops.tensor_arguments(current) if part not in pending]
+    return True
 
 
 def scales_operand(node: fx.Node, operand: fx.Node) -> bool:
@@ -191,16 +202,5 @@ def _altered(node: fx.Node) -> fx.Node | None:
     same = [operand for operand in operands if shape_of(operand) == shape_of(node)]
     if len(same) != 1:
         return None
-    constant = all(operand is same[0] or _is_scale(operand) for operand in operands)
+    constant = all(operand is same[0] or is_scale(operand) for operand in operands)
     return same[0] if constant else None
-
-
-def _is_scale(node: fx.Node) -> bool:
-    """Parameters and inputs as they were given, or what is made of them element by element."""
-    pending = [node]
-    for seen, current in enumerate(pending):
-        if seen == _MOST_NODES_OF_A_SCALE or not ops.is_elementwise(current):
-            return False
-        if not ops.is_constant(current):
-            pending += ops.tensor_arguments(current)
-    return True

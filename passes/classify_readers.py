@@ -16,6 +16,7 @@ make them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
@@ -233,19 +234,49 @@ def _votes_of_branch(state: State, rank: int) -> list[int]:
 
 
 def _vote_backward(branch: fx.Node, rank: int) -> list[int]:
-    node, dims = branch, tuple(range(rank))
+    """The first operation upstream that tells the channel, as a dimension of the state."""
+    pending: list[tuple[fx.Node, tuple[int | None, ...]]] = [(branch, tuple(range(rank)))]
     for _ in range(_FARTHEST_VOTER):
-        told = _tells_channel(node, rank)
-        if told is not None:
-            return [dims.index(told)]
-        same = [a for a in ops.tensor_arguments(node) if len(shape_of(a)) == rank]
-        if not same or not ops.is_elementwise(node):
+        if not pending:
             return []
-        moved = ops.permutation(node)
-        if moved is not None:
-            dims = tuple(moved[position] for position in dims)
-        node = same[0]
+        node, dims = pending.pop()
+        told = _tells_channel(node, len(shape_of(node))) if is_tensor(node) else None
+        if told is not None:
+            if told in dims and dims.index(told) in (0, 1, rank - 1):
+                return [dims.index(told)]
+        elif ops.is_elementwise(node):
+            pending += reversed([(part, d) for part, d in _dimensions_above(node, dims)])
     return []
+
+
+def _dimensions_above(
+    node: fx.Node, dims: tuple[int | None, ...]
+) -> Iterator[tuple[fx.Node, tuple[int | None, ...]]]:
+    """The inputs of an element-wise node, and where the dimensions of the state are in each."""
+    rank = len(shape_of(node)) if is_tensor(node) else None
+    added = _added_dimension(node)
+    moved = ops.permutation(node)
+    for part in ops.tensor_arguments(node):
+        if added is not None:
+            yield part, tuple(_without(dim, added) for dim in dims)
+        elif len(shape_of(part)) == rank:
+            yield part, dims if moved is None else _reordered(dims, moved)
+
+
+def _reordered(dims: tuple[int | None, ...], moved: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(None if dim is None else moved[dim] for dim in dims)
+
+
+def _added_dimension(node: fx.Node) -> int | None:
+    dim = ops.argument(node, 1, "dim") if ops.operation(node) == "unsqueeze" else None
+    return dim % len(shape_of(node)) if isinstance(dim, int) else None
+
+
+def _without(dim: int | None, added: int) -> int | None:
+    """Where a dimension was before another one was put in; None for that one."""
+    if dim is None or dim == added:
+        return None
+    return dim - int(dim > added)
 
 
 def _moved(node: fx.Node, source: fx.Node, dims: tuple[int, ...]) -> tuple[int, ...] | None:

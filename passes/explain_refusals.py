@@ -10,6 +10,7 @@ from torch import fx
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.alterations import (
     LONGEST_INTERRUPTION,
+    is_scale,
     largest_part,
     scales_operand,
     walk_up_alterations,
@@ -38,10 +39,13 @@ _REASONS = {
     "fused-addition": "the residual addition is fused into another operator; write it as x + f(x)",
     "changed-carrier": "the carrier is changed between residual additions, so block sums do not "
     "add up to it",
+    "several-streams": "the model carries several residual streams at once and mixes them by a "
+    "matrix between additions (hyper-connections), so block sums do not add up to them",
     "single-sublayer": "a stream of one sublayer has nothing to choose from",
 }
 
 
+_RANK_OF_STREAMS = 4  # batch, position, stream, channel
 _OFFER = (
     "; AttnResConfig(delta_sources=True) converts it, with the differences that blocks make to the "
     "state as sources"
@@ -126,6 +130,46 @@ def explain_fused_additions(view: Dataflow, reads: Reads) -> list[Refusal]:
         if bit[source] & (depends if ops.is_projection(node) else projected)[branch]
     }
     return [_refusal(node, "fused-addition") for node in found]
+
+
+def explain_mixed_streams(
+    view: Dataflow, reads: Reads, candidates: Iterable[fx.Node]
+) -> dict[fx.Node, Refusal]:
+    """Additions ``matrix @ x + f(x)`` where x is a state [..., streams, channel], two in a row.
+
+    A matrix alone would fit attention over a value to which something is added.
+    """
+    mixed = {node: pair for node in candidates if (pair := _mixed_state(node, reads)) is not None}
+    before = {node: state for node, (state, _) in mixed.items() if state in mixed}
+    chained = {*before, *before.values()}
+    if not chained:
+        return {}
+    bit, _, projected = view.dependency_masks(
+        {mixed[node][0]: None for node in chained}, mixes=ops.is_projection
+    )
+    return {
+        node: _refusal(node, "several-streams")
+        for node, (state, branch) in mixed.items()
+        if node in chained and projected[branch] & bit[state]
+    }
+
+
+def _mixed_state(node: fx.Node, reads: Reads) -> tuple[fx.Node, fx.Node] | None:
+    """The state whose streams are mixed in one operand of an addition, and the other operand."""
+    operands = ops.operands(node)
+    shape = shape_of(node)
+    if len(operands) != 2 or len(shape) < _RANK_OF_STREAMS:
+        return None
+    for operand, branch in (operands, operands[::-1]):
+        product = reads.value_read(operand, node)
+        parts = ops.tensor_arguments(product)
+        if ops.operation(product) not in ("matmul", "einsum") or len(parts) != 2:
+            continue
+        matrix, state = parts
+        square = shape_of(matrix)[-2:] == (shape[-2], shape[-2])
+        if square and shape_of(state) == shape:
+            return reads.value_read(state, product), reads.value_read(branch, node)
+    return None
 
 
 def _fused_operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -235,7 +279,7 @@ def _multiplies_by_statistic(node: fx.Node) -> bool:
     """The last step of a decomposed norm: the carrier times an inverse root mean square."""
     if ops.operation(node) not in ("mul", "div"):
         return False
-    makers = {ops.operation(part) for part in ops.tensor_arguments(node)}
+    makers = {ops.operation(part) for part in ops.tensor_arguments(node) if not is_scale(part)}
     return bool(makers & {"rsqrt", "sqrt", "std", "linalg_vector_norm", "norm", "reciprocal"})
 
 

@@ -27,6 +27,7 @@ from attnres_compile.passes.dataflow import Dataflow, Read, Reads
 from attnres_compile.passes.explain_refusals import (
     explain_altered_skips,
     explain_fused_additions,
+    explain_mixed_streams,
     explain_short_chains,
     offer_deltas,
 )
@@ -87,6 +88,7 @@ def find_streams(
     altered = explain_altered_skips(view, reads, [n for n in candidates if n not in known])
     refused |= explain_short_chains(reads, short, altered, delta_sources=delta_sources)
     refused |= altered
+    refused |= explain_mixed_streams(view, reads, [n for n in candidates if n not in known])
     if refused and not delta_sources:
         refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
     others = [*explain_fused_additions(view, reads), *_inside_operators(graph)]

@@ -113,3 +113,159 @@ def test_a_language_model_without_weights_is_planned_as_with_them(use_cache: boo
     ids = torch.ones(2, 7, dtype=torch.long, device="meta")
     assert attnres_compile.plan(bare, (), {"input_ids": ids}).streams == planned.streams
     assert bare.config.use_cache is use_cache
+
+
+class Decoder(nn.Module):
+    """Adds what it is given, and a sublayer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, skipped: Tensor) -> Tensor:
+        x = x + skipped
+        return self.norm(x + self.linear(x))
+
+
+class LongSkip(Shared):
+    """What the decoder adds was made of what it adds it to, in the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.linear(x)
+        return self.decoder(self.norm(self.block(first)).tanh(), first)
+
+
+class Unrelated(LongSkip):
+    """What the decoder adds are two things: the sum is the root of a stream of one sublayer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.block(self.linear(x))), x.sum(1, keepdim=True) * 0 + 1)
+
+
+class InnerSkip(LongSkip):
+    """Branch and skip come from the decoder itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.linear(x))
+
+
+def test_an_owner_holds_the_paths_that_make_its_additions_residual() -> None:
+    """Run alone, the decoder could not tell that one of its arguments was made of the other."""
+    model = LongSkip().double()
+    x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
+    converted = attnres_compile.convert(model, (x,))
+    found = [
+        (s.owner, [a.module_path for b in s.blocks for sub in b for a in sub.additions])
+        for s in converted.plan.streams
+    ]
+    assert ("", ["decoder", "decoder"]) in found
+    assert error(converted(x), model(x)) < 1e-12
+    report = attnres_compile.verify(model, converted, (x,))
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(("kind", "owners"), [(InnerSkip, ["decoder"]), (Unrelated, ["block"])])
+def test_an_owner_is_no_larger_than_its_paths(kind: Any, owners: list[str]) -> None:
+    plan = attnres_compile.plan(kind(), (torch.randn(3, 5, WIDTH),))
+    assert [stream.owner for stream in plan.streams] == owners
+
+
+class Recurrent(Shared):
+    """Its first round, and its last where `all_rounds`, run without gradients."""
+
+    all_rounds = False
+    shared = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.block if self.shared else self.other
+        with torch.no_grad():
+            x = first(x)
+        x = self.norm(x)
+        with torch.set_grad_enabled(not self.all_rounds):
+            return self.norm(self.block(x))
+
+
+class Unrolled(Recurrent):
+    shared = True
+
+
+class Frozen(Recurrent):
+    all_rounds = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "owners", "refused"),
+    [
+        (Recurrent, ["block"], ["other"]),
+        (Unrolled, ["block"], []),  # one set of queries, trained by the last round
+        (Frozen, [], ["other", "block"]),
+    ],
+)
+def test_a_stream_whose_queries_could_get_no_gradient(
+    kind: Any, owners: list[str], refused: list[str]
+) -> None:
+    model, x = kind(), torch.randn(3, 5, WIDTH)
+    plan = attnres_compile.plan(model, (x,))
+    assert [stream.owner for stream in plan.streams] == owners
+    assert [(each.kind, each.module_path) for each in plan.refusals] == [
+        ("no-gradient", path) for path in refused for _ in range(2)
+    ]
+    if not owners:
+        return
+    converted = attnres_compile.convert(model, (x,))
+    converted(x).square().sum().backward()
+    new = [p for n, p in converted.named_parameters() if "attnres" in n]
+    assert new
+    assert all(p.grad is not None for p in new)
+
+
+class Dead(Shared):
+    """What is made of the third state and of those after it is not returned."""
+
+    detached = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        state = x + self.linear(self.norm(x))
+        unused = self.other(state)
+        return x + unused.detach().sum() if self.detached else x.tanh()
+
+
+class Detached(Dead):
+    detached = True
+
+
+class Alive(Dead):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return self.other(x + self.linear(self.norm(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        (Dead, [False, False, False, True, True]),  # of five additions nothing reads the last
+        (Detached, [False, False, False, True, True, True]),
+        (Alive, [False] * 6),
+    ],
+)
+def test_a_site_that_no_gradient_comes_back_to(kind: Any, left_out: list[bool]) -> None:
+    """It reads the plain sum: invariant of a conversion, no parameter without a gradient."""
+    model, x = kind().double(), torch.randn(3, 5, WIDTH, dtype=torch.float64)
+    converted = attnres_compile.convert(model, (x,))
+    (stream,) = converted.plan.streams
+    assert [site.left_out for site in stream.sites] == left_out
+    converted(x).square().sum().backward()
+    new = [p for n, p in converted.named_parameters() if "attnres" in n]
+    assert len(new) == 2 * (len(left_out) - 1 - sum(left_out))
+    assert all(p.grad is not None for p in new)
+    report = attnres_compile.verify(model, converted, (x,))
+    assert report.passed, report

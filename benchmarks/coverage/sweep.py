@@ -40,22 +40,8 @@ def tasks(libraries: Iterable[str], *, every_class: bool) -> list[Task]:
         elif every_class:
             found += [(library, name) for name in tiny_transformers.architectures()]
         else:
-            found += [(library, name) for name in main_architectures()]
+            found += [(library, name) for name in tiny_transformers.main_architectures()]
     return found
-
-
-def main_architectures() -> list[str]:
-    """Of every family of transformers the class that all others wrap: ``LlamaModel``."""
-    import tiny_transformers
-
-    by_family: dict[str, list[str]] = {}
-    for name in tiny_transformers.architectures():
-        by_family.setdefault(tiny_transformers.family_of(name), []).append(name)
-    return [min(names, key=_rank) for names in by_family.values()]
-
-
-def _rank(name: str) -> tuple[bool, int, str]:
-    return not name.endswith("Model"), len(name), name
 
 
 @dataclass

@@ -168,6 +168,15 @@ def over_tokens(m: Any, x: Tensor) -> Tensor:
     return F.linear(x.mT, m.positions[:, :4]).mT
 
 
+def shares(m: Any, x: Tensor) -> Tensor:
+    """A weight for each of the three streams of [batch, position, stream, channel] states."""
+    return m.g(x.mean(2))[..., :3].sigmoid().unsqueeze(-1)
+
+
+def streams(m: Any, x: Tensor) -> Tensor:
+    return x + shares(m, x) * m.f((shares(m, x) * x).sum(2)).unsqueeze(-2)
+
+
 LAST = {
     "affine map and layer scale around a layer over tokens": (
         lambda m, x: x + m.scale * over_tokens(m, torch.addcmul(m.scale, m.scale, x)),
@@ -180,6 +189,7 @@ LAST = {
     "no vote at all": (lambda m, x: x + x.cumsum(1), tokens()),
     "two dimensions": (lambda m, x: x + m.f(x), torch.randn(4, WIDTH)),
     "images of channels last": (lambda m, x: x + m.f(m.norm(x)), torch.randn(2, 6, 6, WIDTH)),
+    "several streams": (streams, torch.randn(2, 4, 3, WIDTH)),
     "convolution over turned images": (
         lambda m, x: x + m.conv(torch.relu(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
         torch.randn(2, 6, 6, WIDTH),
@@ -220,6 +230,11 @@ def test_convolutions_without_a_batch_dimension(route: str) -> None:
     assert channel(signal, torch.randn(WIDTH, 6), route=route) == 0
     tokens = twice(lambda m, x: x + F.conv1d(F.relu(x).mT, m.f.weight.unsqueeze(-1)).mT)
     assert channel(tokens, torch.randn(6, WIDTH), route=route) == -1
+
+
+def test_the_weights_of_streams_do_not_tell_the_channel() -> None:
+    weighted = twice(lambda m, x: x + shares(m, x) * x.cumsum(1))
+    assert channel(weighted, torch.randn(2, 4, 3, WIDTH)) is None
 
 
 def test_no_vote_on_images_is_no_answer() -> None:

@@ -26,6 +26,13 @@ ALTERED: dict[str, tuple[str, Body]] = {
     "number, skip on the right": ("scaled-carrier", lambda m, x: m.f(x) + x * 0.9),
     "division": ("scaled-carrier", lambda m, x: x / 2 + m.f(x)),
     "per channel": ("scaled-carrier", lambda m, x: m.scale * x + m.f(x)),
+    "gate made in many steps": (
+        "scaled-carrier",
+        lambda m, x: (
+            torch.sqrt(((-m.scale / 2).sigmoid() * (1 + m.scale.sigmoid())).clamp(1e-3)) * x
+            + m.f(x)
+        ),
+    ),
     "alpha": ("scaled-carrier", lambda m, x: torch.add(m.f(x), x, alpha=0.5)),
     "dropout": ("dropout", lambda m, x: F.dropout(x, 0.1) + m.f(x)),
     "rounding": ("narrowing-cast", lambda m, x: x.to(torch.bfloat16).float() + m.f(x)),
@@ -71,6 +78,39 @@ def test_an_addition_within_an_operator_is_refused(body: Body, route: str) -> No
 @pytest.mark.parametrize("body", NOT_FUSED.values(), ids=NOT_FUSED)
 def test_what_is_no_addition_within_an_operator(body: Body) -> None:
     assert not refused(analyse(body))
+
+
+def mixing(m: Any, x: Tensor) -> Tensor:
+    """A matrix that mixes the three streams of [batch, position, stream, channel] states."""
+    return m.g(x.mean(2)).cumsum(-1)[..., :3].unsqueeze(-1).sigmoid() + m.memory[:3, :3]
+
+
+def hyper_connection(m: Any, x: Tensor) -> Tensor:
+    return m.f(x.sum(2)).unsqueeze(-2) + torch.matmul(mixing(m, x), x)
+
+
+def by_einsum(m: Any, x: Tensor) -> Tensor:
+    mixed = torch.einsum("bpij,bpjc->bpic", mixing(m, x), x)
+    return mixed + m.f(x.sum(2)).unsqueeze(-2)
+
+
+STREAMS: dict[str, tuple[Body, list[str]]] = {
+    "hyper-connections": (hyper_connection, ["several-streams"] * 3),
+    "by einsum": (by_einsum, ["several-streams"] * 3),
+    "over attention's values": (lambda m, x: mixing(m, x) @ m.h(x) + m.f(m.h(x)), []),
+    "over the channel": (lambda m, x: x @ m.g.weight + m.f(x), []),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("step", "kinds"), STREAMS.values(), ids=STREAMS)
+def test_streams_that_are_mixed_between_additions(step: Body, kinds: list[str], route: str) -> None:
+    """Three in a row are; one alone may be anything, and so may a product on the right."""
+    x = torch.randn(2, 4, 3, 8)
+    found = analyse(lambda m, x: step(m, step(m, step(m, x))), x, route=route)
+    assert not found.streams
+    assert refused(found) == kinds
+    assert not refused(analyse(step, x, route=route))
 
 
 def test_lists_of_additions_are_refused() -> None:
