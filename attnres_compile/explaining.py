@@ -61,9 +61,9 @@ def select_explanations(known: Sequence[Explanation], path: str) -> Why:
     found = tuple(each for each in known if matches(each.module_path))
     if not found:
         near = difflib.get_close_matches(path, dict.fromkeys(paths), n=4, cutoff=0.3)
+        others = [each or "the model itself" for each in near or list(dict.fromkeys(paths))[:4]]
         raise InputError(
-            f"no addition was traced in {path!r}; there are some in "
-            f"{', '.join(near or list(dict.fromkeys(paths))[:4])}."
+            f"no addition was traced in {path!r}; there are some in {', '.join(others)}."
         )
     return Why(path, found)
 
@@ -89,6 +89,8 @@ def explain_plan(
         told.update(_as_planned(stream, plan, told))
     for stream, refusal in refused:
         for state in stream.states[1:]:
+            if state.addition is None:  # made by what alters the carrier
+                continue
             told[state.node] = dataclasses.replace(
                 told[state.node], verdict="refused", rule=refusal.kind, reason=refusal.reason
             )

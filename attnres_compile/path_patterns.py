@@ -37,7 +37,8 @@ def matcher(pattern: str, paths: Iterable[str]) -> Callable[[str], bool]:
         expression += _numbers(found, expression, paths, pattern)
         end = found.end()
     expression += _translated(pattern[end:])
-    compiled = re.compile(rf"(?s:{expression})(?:\..*)?")
+    # The second stream of a module has its path and a number: ``encoder#2``.
+    compiled = re.compile(rf"(?s:{expression})(?:#\d+)?(?:\..*)?")
     return lambda path: compiled.fullmatch(path) is not None
 
 

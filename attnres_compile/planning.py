@@ -255,9 +255,9 @@ def _stream_names(streams: list[ResidualStream]) -> list[str]:
     names = []
     for stream in streams:
         path = common_path([module_path(addition.node) for addition in stream.additions])
-        taken[path] += 1
         name = path or "stream"
-        names.append(name if taken[path] == 1 else f"{name}#{taken[path]}")
+        taken[name] += 1
+        names.append(name if taken[name] == 1 else f"{name}#{taken[name]}")
     return names
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnres_compile.errors import BackendError
+from attnres_compile.kernels.reference import arithmetic_dtype
 
 _SOURCES = [Path(__file__).parent / "templates" / name for name in ("rows.h", "phases.cpp")]
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
@@ -77,32 +78,20 @@ def prepare(dtype: torch.dtype) -> None:
     _function("complete", dtype)
 
 
-@cache
-def operators() -> dict[str, Callable[..., None]]:
-    """The operators by name: ``operators()["phase1"]``. They are defined at the first call."""
-    library: Any = torch.library.Library("attnres", "FRAGMENT")  # type: ignore[no-untyped-call]
-    _KEPT.append(library)
-    for name, arguments in _SCHEMAS.items():
-        library.define(f"cpp_{name}({arguments}) -> ()", tags=(torch.Tag.needs_exact_strides,))
-        library.impl(f"cpp_{name}", partial(_run, name), "CPU")
-        torch.library.register_fake(f"attnres::cpp_{name}", lambda *_: None, lib=library)
-    return {name: getattr(torch.ops.attnres, f"cpp_{name}").default for name in _SCHEMAS}
-
-
-_KEPT: list[Any] = []  # a library's operators live as long as it does
-
-
 def _run(name: str, *arguments: Any) -> None:
-    like = arguments[1][0] if arguments[0] is None else arguments[0]
-    like = like if isinstance(like, Tensor) else like[0]
+    # Phase 2 has no first argument where no phase 1 is before it.
+    first: Any = arguments[1] if arguments[0] is None else arguments[0]
+    like: Tensor = first if isinstance(first, Tensor) else first[0]
     width = like.shape[-1]
     tokens = like.numel() // width if width else 0
+    dtypes = (like.dtype, arithmetic_dtype(like.dtype))
     values: list[Any] = []
     for kind, argument in zip(_kinds(name), arguments, strict=True):
         if kind == "Tensor" or kind == "Tensor?":
-            values.append(_at(argument))
+            values.append(_at(argument, dtypes))
         elif kind == "Tensor[]":
-            values.append((ctypes.c_void_p * len(argument))(*map(_at, argument)))
+            addresses = [_at(tensor, dtypes) for tensor in argument]
+            values.append((ctypes.c_void_p * len(argument))(*addresses))
         elif kind == "int[]":
             values += [(ctypes.c_int64 * len(argument))(*argument), len(argument)]
         else:
@@ -132,12 +121,33 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     return function  # type: ignore[no-any-return]
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def _at(tensor: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> int | None:
+    """The address of a tensor that the library can read as it is."""
     if tensor is None:
         return None
-    if not tensor.is_contiguous():
+    if not tensor.is_contiguous() or tensor.dtype not in dtypes:
         raise BackendError(
-            f"the C++ library was handed a tensor of strides {tensor.stride()}, which is not "
-            "contiguous; this is a bug of attnres-compile."
+            f"the C++ library was handed a tensor of {tensor.dtype} with strides "
+            f"{tensor.stride()}, which is not contiguous or not of {dtypes}; this is a bug of "
+            "attnres-compile."
         )
     return tensor.data_ptr()
+
+
+def _defined() -> Any:
+    # As long as it lives there are the operators; compiled code of another process, read from
+    # Inductor's cache, calls them, so they are there once this module is.
+    library: Any = torch.library.Library("attnres", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name, arguments in _SCHEMAS.items():
+        library.define(f"cpp_{name}({arguments}) -> ()", tags=(torch.Tag.needs_exact_strides,))
+        library.impl(f"cpp_{name}", partial(_run, name), "CPU")
+        torch.library.register_fake(f"attnres::cpp_{name}", lambda *_: None, lib=library)
+    return library
+
+
+_LIBRARY = _defined()
+NAMES = tuple(_SCHEMAS)
+OPERATORS: dict[str, Callable[..., None]] = {
+    name: getattr(torch.ops.attnres, f"cpp_{name}").default for name in NAMES
+}
+"""The operators by name: ``OPERATORS["phase1"]``."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnres_compile.kernels.cpp_library import operators
+from attnres_compile.kernels.cpp_library import OPERATORS
 from attnres_compile.kernels.phase2 import NORMS
 from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.kernels.reference import arithmetic_dtype
@@ -33,7 +33,7 @@ def complete(
     source = torch.empty_like(first) if others else None
     logits = queries.new_empty((len(queries), *first.shape[:-1]))
     inverse_rms = queries.new_empty(first.shape[:-1])
-    operators()["complete"](
+    OPERATORS["complete"](
         first, second, None, queries.contiguous(), len(queries), eps, source, logits, inverse_rms
     )
     return stand_in(first) if source is None else source, logits, inverse_rms
@@ -53,7 +53,7 @@ def complete_backward(
     source, queries = source.contiguous(), queries.contiguous()
     grad = torch.empty_like(source) if wants_source else None
     grad_queries = torch.empty_like(queries) if wants_queries else None
-    operators()["complete_backward"](
+    OPERATORS["complete_backward"](
         source,
         _contiguous(grad_source),
         grad_logits.contiguous(),
@@ -75,7 +75,7 @@ def phase1(
     sites = len(logits[0])
     mixes = [torch.empty_like(sources[0]) for _ in range(sites)]
     statistics = logits[0].new_empty((sites, 2, *logits[0].shape[1:]))
-    operators()["phase1"](sources, logits, len(sources), sites, mixes, statistics)
+    OPERATORS["phase1"](sources, logits, len(sources), sites, mixes, statistics)
     return mixes, statistics
 
 
@@ -97,7 +97,7 @@ def phase1_backward(
     grads = [torch.empty_like(sources[i]) for i in wanted]
     shape = (len(sources), *logits[0].shape)
     grad_logits = statistics.new_empty(shape) if wants_logits else None
-    operators()["phase1_backward"](
+    OPERATORS["phase1_backward"](
         sources,
         logits,
         len(sources),
@@ -138,9 +138,11 @@ def phase2(
     norm_dtype = norm_dtype or like.dtype
     partial = None if branch is None else torch.empty_like(like)
     mixed = torch.empty_like(like) if wants_mix or norm == "none" else None
-    normed = torch.empty_like(like, dtype=norm_dtype) if norm != "none" else None
+    wide = norm_dtype != like.dtype
+    made_dtype = arithmetic_dtype(like.dtype) if wide else like.dtype
+    normed = torch.empty_like(like, dtype=made_dtype) if norm != "none" else None
     saved = query.new_empty((2 * len(direct) + NORMS.index(norm), *like.shape[:-1]))
-    operators()["phase2"](
+    OPERATORS["phase2"](
         before,
         direct,
         len(direct),
@@ -154,7 +156,7 @@ def phase2(
         _vector(norm_weight, query),
         _vector(norm_bias, query),
         norm_eps,
-        _is_wide(norm_dtype, like),
+        wide,
         partial,
         mixed,
         normed,
@@ -165,7 +167,7 @@ def phase2(
     return (
         partial,
         like.new_empty(0) if mixed is None else mixed,
-        like.new_empty(0, dtype=norm_dtype) if normed is None else normed,
+        like.new_empty(0, dtype=norm_dtype) if normed is None else normed.to(norm_dtype),
         saved,
     )
 
@@ -195,10 +197,13 @@ def phase2_backward(
     like = direct[0] if before is None else before
     grad_before = torch.empty_like(like) if wants_before else None
     grad_statistics = saved.new_empty((2, *like.shape[:-1])) if wants_before else None
+    wide = grad_normed is not None and grad_normed.dtype != like.dtype
+    if grad_normed is not None and wide:
+        grad_normed = grad_normed.to(arithmetic_dtype(like.dtype))
     grads = [torch.empty_like(like) for _ in wanted]
     wants = (wants_query, wants_weight, wants_bias)
     vectors = [query.new_empty(query.shape) if wants_it else None for wants_it in wants]
-    operators()["phase2_backward"](
+    OPERATORS["phase2_backward"](
         before,
         direct,
         len(direct),
@@ -206,7 +211,7 @@ def phase2_backward(
         _contiguous(grad_partial),
         _contiguous(grad_mixed),
         _contiguous(grad_normed),
-        grad_normed is not None and _is_wide(grad_normed.dtype, like),
+        wide,
         query.contiguous(),
         count,
         NORMS.index(norm),
@@ -229,8 +234,3 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _vector(vector: Tensor | None, query: Tensor) -> Tensor | None:
     return None if vector is None else vector.to(query.dtype).contiguous()
-
-
-def _is_wide(dtype: torch.dtype, like: Tensor) -> bool:
-    """Whether normed rows are in the arithmetic dtype and not in that of the stream."""
-    return dtype == arithmetic_dtype(like.dtype)

@@ -10,12 +10,13 @@ in: elsewhere ``addmm`` rounds once, and a product would be rounded before its b
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from attnres_compile.kernels.cpp_library import operators
+from attnres_compile.kernels.cpp_library import OPERATORS
 from attnres_compile.kernels.reference import arithmetic_dtype
 
 _aten = torch.ops.aten
@@ -24,38 +25,59 @@ _VIEWS = (_aten.view.default, _aten.reshape.default)
 
 def absorb_biases(graph: fx.Graph) -> None:
     """Rewrites, in place, an ATen graph with the operators of ``cpp_library.py``."""
-    phases = operators()
     for node in list(graph.nodes):
-        if node.target is phases["complete"]:
-            _absorb(graph, node, "second", "bias")
-        elif node.target is phases["phase2"]:
-            _absorb(graph, node, "branch", "branch_bias")
-        elif node.target is phases["phase2_backward"]:
+        if node.target is OPERATORS["complete"]:
+            _absorb(graph, node, _Sum("first", "second", "bias"))
+        elif node.target is OPERATORS["phase2"]:
+            _absorb(graph, node, _Sum("direct", "branch", "branch_bias"))
+        elif node.target is OPERATORS["phase2_backward"]:
             _sum_gradient(graph, node)
 
 
-def _absorb(graph: fx.Graph, node: fx.Node, branch: str, bias: str) -> None:
-    result = _arguments(node)[branch]
-    if result is None:
+class _Sum(NamedTuple):
+    """The arguments of an operator that are added up; of a list, its last."""
+
+    skip: str
+    branch: str
+    bias: str
+
+
+def _absorb(graph: fx.Graph, node: fx.Node, names: _Sum) -> None:
+    arguments = _arguments(node)
+    skip, branch = arguments[names.skip], arguments[names.branch]
+    if branch is None:
         return
-    linear: Any = result.args[0] if result.target in _VIEWS else result
-    if not _has_a_bias(linear) or any(len(each.users) > 1 for each in (result, linear)):
+    last = skip[-1] if isinstance(skip, list | tuple) else skip
+    if _linear(branch, node) is None:  # perhaps it was written as f(x) + x
+        last, branch = branch, last
+    linear = _linear(branch, node)
+    if linear is None:
         return
     vector, rows, columns = linear.args
     with graph.inserting_before(linear):
         product = graph.call_function(_aten.mm.default, (rows, columns))
     product.meta = dict(linear.meta)
+    branch = product if branch is linear else branch
     linear.replace_all_uses_with(product)
     graph.erase_node(linear)
-    _set(node, bias, vector)
+    _set(node, names.skip, [*skip[:-1], last] if isinstance(skip, list | tuple) else last)
+    _set(node, names.branch, branch)
+    _set(node, names.bias, vector)
 
 
-def _has_a_bias(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.target is not _aten.addmm.default or node.kwargs:
-        return False
-    vector, value = (_value(each) for each in (node.args[0], node))
-    fits = vector.shape == value.shape[1:] and vector.is_contiguous()
-    return fits and vector.dtype == value.dtype == arithmetic_dtype(value.dtype)
+def _linear(result: fx.Node, reader: fx.Node) -> fx.Node | None:
+    """The product with a bias that is read, as it is or in another shape, only here and once."""
+    linear: Any = result.args[0] if result.target in _VIEWS else result
+    if not isinstance(linear, fx.Node) or linear.target is not _aten.addmm.default:
+        return None
+    if linear.kwargs or any(len(each.users) > 1 for each in {result, linear}):
+        return None
+    if pytree.tree_leaves(reader.args).count(result) > 1:
+        return None
+    vector, value = _value(linear.args[0]), _value(result)
+    fits = vector.shape == value.shape[-1:] and vector.is_contiguous()
+    same = vector.dtype == value.dtype == arithmetic_dtype(value.dtype)
+    return linear if fits and same else None
 
 
 def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
@@ -64,8 +86,8 @@ def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
     if not arguments["wanted"] or arguments["wanted"][-1] != arguments["count"] - 1:
         return
     grad, query = arguments["grads"][-1], arguments["query"]
-    flat = [user for user in grad.users if user.target in _VIEWS and _value(user).dim() == 2]
-    sums = [user for view in flat for user in view.users if _sums_tokens(user)]
+    flat = [grad, *(user for user in grad.users if user.target in _VIEWS)]
+    sums = [user for each in flat for user in each.users if _sums_tokens(user, _value(query))]
     if not sums:
         return
     with graph.inserting_before(node):
@@ -81,12 +103,14 @@ def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(each)
 
 
-def _sums_tokens(node: fx.Node) -> bool:
+def _sums_tokens(node: fx.Node, query: Tensor) -> bool:
+    """Whether it adds up the rows of [tokens, width] in the dtype of `query`, a row."""
     if node.target is not _aten.sum.dim_IntList or node.kwargs:
         return False
     grads, dims, *_ = cast("tuple[Any, ...]", node.args)
-    dtype = _value(grads).dtype
-    return list(dims) == [0] and _value(node).dtype == dtype == arithmetic_dtype(dtype)
+    value = _value(grads)
+    rows = value.dim() == 2 and value.shape[-1:] == query.shape and list(dims) == [0]
+    return rows and _value(node).dtype == value.dtype == query.dtype
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

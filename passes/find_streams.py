@@ -286,7 +286,17 @@ def _overwritten_state(view: Dataflow, stream: ResidualStream) -> fx.Node | None
     for state in stream.states[1:]:
         if state.reads:
             writes += view.writes_between(state.node, start=state.node)
+            writes += [read.user for read in state.carries if _goes_on_by_name(state.node, read)]
     return writes[0] if writes else None
+
+
+def _goes_on_by_name(state: fx.Node, carry: Read) -> bool:
+    """Whether the carrier is copied, the copy written into, and taken on by the copy's name."""
+    path = Dataflow.path_to_origin(carry.operand)
+    if ops.writes_into(carry.user) is None or state not in path:
+        return False
+    way = path[: path.index(state)]
+    return any(user is not carry.user and user not in way for node in way for user in node.users)
 
 
 def _writes_into_mix(

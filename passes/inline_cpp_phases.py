@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -25,36 +28,36 @@ from attnres_compile.kernels import cpp_library, cpp_phases, phases
 from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
 
-NAMES = (
-    "complete",
-    "complete_backward",
-    "phase1",
-    "phase1_backward",
-    "phase2",
-    "phase2_backward",
-)
-
 
 class InlineCppPhases(CustomGraphPass):
     """The pass, as Inductor runs it after its own ones."""
 
     def __call__(self, graph: fx.Graph) -> None:
         bodies = _bodies()
-        for node in list(graph.nodes):
-            if node.target in bodies and node.args[-1] == "cpp":
+        nodes = [n for n in graph.nodes if n.target in bodies and n.args[-1] == "cpp"]
+        if not nodes:
+            return
+        # A reader of room does not depend on the call that writes to it: their order has to be
+        # right before, and Inductor's later sorting keeps it.
+        stable_topological_sort(graph)
+        for node in nodes:
+            if node.users:
                 _inline(graph, node, bodies[node.target])
+            else:
+                graph.erase_node(node)
         absorb_biases(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        parts = (InlineCppPhases, absorb_biases, cpp_phases, cpp_library)
-        return get_hash_for_files(tuple(inspect.getfile(part) for part in parts))
+        package = Path(cpp_library.__file__).parent
+        passes = [inspect.getfile(each) for each in (InlineCppPhases, absorb_biases)]
+        return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
 
 def _bodies() -> dict[Any, Callable[..., Any]]:
     """What computes each phase in C++, by its operator."""
     assert phases.complete is not None  # has registered the operators
-    bodies = {name: getattr(cpp_phases, name) for name in NAMES} | {"phase1": _phase1}
+    bodies = {name: getattr(cpp_phases, name) for name in cpp_library.NAMES} | {"phase1": _phase1}
     return {getattr(torch.ops.attnres, name).default: body for name, body in bodies.items()}
 
 
@@ -68,21 +71,23 @@ def _phase1(
 def _inline(graph: fx.Graph, node: fx.Node, body: Callable[..., Any]) -> None:
     given, structure = pytree.tree_flatten(node.args[:-1])
     inputs = [value for value in given if isinstance(value, fx.Node)]
+    values = [each.meta["val"] for each in inputs]
 
     def run(*tensors: Any) -> Any:
         rest = iter(tensors)
-        values = [next(rest) if isinstance(value, fx.Node) else value for value in given]
-        return body(*pytree.tree_unflatten(values, structure))
+        arguments = [next(rest) if isinstance(value, fx.Node) else value for value in given]
+        return body(*pytree.tree_unflatten(arguments, structure))
 
-    with enable_python_dispatcher():
-        traced = make_fx(run)(*(each.meta["val"] for each in inputs))
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    # For every site anew: memory that nodes share in their example values, they share in Inductor.
+    with enable_python_dispatcher(), values[0].fake_mode:
+        traced = make_fx(run, decomposition_table=select_decomp_table())(*values).graph
+    placeholders = [n for n in traced.nodes if n.op == "placeholder"]
     copies = dict(zip(placeholders, inputs, strict=True))
     with graph.inserting_before(node):
-        for each in traced.graph.nodes:
+        for each in traced.nodes:
             if each.op == "call_function":
                 copies[each] = graph.node_copy(each, copies.__getitem__)
-    (output,) = traced.graph.output_node().args
+    (output,) = traced.output_node().args
     _replace(node, pytree.tree_map_only(fx.Node, copies.__getitem__, output))
 
 

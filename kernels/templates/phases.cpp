@@ -1,11 +1,11 @@
 // The phases of Block Attention Residuals on a CPU. The formulas stand in complete.py, phase1.py
-// and phase2.py of this package; function and argument names are those of plain_phases.py.
+// and phase2.py of this package; names of arguments are those of the schemas in cpp_library.py.
 //
 // All tensors are contiguous with the channels last: `tokens` rows of `width` elements. Rows stay
 // in the first-level cache while a token is worked on, so each is read from memory once. Every
 // thread has a contiguous run of tokens, and sums over tokens are formed per thread and added up in
 // the order of threads, so that results do not vary from run to run. Null pointers stand for what
-// is missing or what nobody wants. Arguments are in the order of the schemas in cpp_library.py,
+// is missing or what nobody wants. Arguments are in the order of these schemas,
 // results last, and after them the sizes.
 
 // Sources -----------------------------------------------------------------------------------------
@@ -171,7 +171,8 @@ extern "C" void phase1_backward(const Element **sources, const Real **logits, in
 // One site ----------------------------------------------------------------------------------------
 
 // `direct` are the completed sources and, last, the partial sum, if there is one: then `branch` is
-// null or is added to it, with `branch_bias`, into `partial`. `saved` holds a row of logits per direct source, then
+// null or is added to it, with `branch_bias`, into `partial`. `saved` holds a row of logits per
+// direct source, then
 // one of inverse RMS per direct source, then the norm's scale and mean. `wide` says that normed
 // rows are of type Real.
 extern "C" void phase2(const Element *before, const Element **direct, int64_t count,

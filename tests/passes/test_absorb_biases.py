@@ -84,6 +84,46 @@ def test_the_phases_add_the_biases_that_they_can(counts: Counts) -> None:
     assert counts["aten.sum.dim_IntList"] == 6 - 4
 
 
+def test_a_branch_that_is_read_twice_keeps_its_bias(counts: Counts) -> None:
+    layer, query = nn.Linear(WIDTH, WIDTH), torch.randn(WIDTH)
+
+    def model(x: Tensor) -> Tensor:
+        y = layer(x)
+        return attnres([x, y, x + y], query)
+
+    assert inference_error(model) < 1e-6
+    assert counts["aten.addmm.default"] == 1
+
+
+@pytest.mark.parametrize("features", [WIDTH // 2, 2 * WIDTH])
+def test_a_result_that_is_seen_at_another_width_keeps_its_bias(
+    counts: Counts, features: int
+) -> None:
+    layer, query = nn.Linear(WIDTH, features), torch.randn(WIDTH)
+
+    def model(x: Tensor) -> Tensor:
+        y = layer(x).view(-1, WIDTH)
+        root = torch.sin(y)
+        return attnres([root, root + 1, root * 2 + y], query)
+
+    assert inference_error(model) < 1e-6
+    assert counts["aten.addmm.default"] == 1
+
+
+def test_either_operand_of_the_addition_may_have_it(counts: Counts) -> None:
+    layer, query = nn.Linear(WIDTH, WIDTH), torch.randn(WIDTH)
+    assert inference_error(lambda x: attnres([x, layer(x) + x], query)) < 1e-6
+    assert counts.get("aten.addmm.default", 0) == 0
+
+
+def inference_error(model: Callable[[Tensor], Tensor]) -> float:
+    torch._dynamo.reset()
+    x = torch.randn(6, WIDTH)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(model, backend="attnres", fullgraph=True)
+        return relative_error(compiled(x), model(x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("read", [torch.sin, torch.abs])
 def test_a_layer_that_others_read_keeps_its_bias(

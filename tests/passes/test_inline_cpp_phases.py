@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,8 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from attnres_compile.functional import attnres
-from attnres_compile.passes.inline_cpp_phases import NAMES, InlineCppPhases
+from attnres_compile.kernels.cpp_library import NAMES
+from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
 from tolerances import relative_error
 
 WRITING = {f"attnres.cpp_{name}.default" for name in NAMES}
@@ -85,3 +90,66 @@ def test_other_implementations_stay_as_they_are(targets: set[str]) -> None:
     assert max(errors("reference")) < 1e-5
     assert "attnres.mix.default" in targets
     assert not targets & (PHASES | WRITING)
+
+
+def test_a_graph_without_phases_is_left_alone() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch.ops.aten.sin.default, (x,))
+    graph.output(x)
+    InlineCppPhases()(graph)
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+@pytest.mark.parametrize("norm_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_in_other_dtypes(dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
+    queries = torch.randn(2, 8)
+    weight = torch.randn(8, dtype=norm_dtype)
+
+    def model(x: Tensor) -> Tensor:
+        mixed = attnres([x, x + torch.sin(x)], queries[0])
+        unit = mixed.float() * torch.rsqrt(mixed.float().square().mean(-1, keepdim=True) + 1e-5)
+        return weight * unit.to(norm_dtype)
+
+    x = torch.randn(5, 8).to(dtype).requires_grad_()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(model, backend="attnres", fullgraph=True)
+        actual, expected = compiled(x), model(x)
+    assert actual.dtype == expected.dtype == norm_dtype
+    assert relative_error(actual, expected) < 2e-2
+    (grad,) = torch.autograd.grad(actual.float().square().sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.float().square().sum(), x)
+    assert relative_error(grad, expected_grad) < 4e-2
+
+
+CACHED = """
+import torch
+from attnres_compile.functional import attnres
+
+torch.manual_seed(0)
+query, x = torch.randn(8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+def model(x):
+    return attnres([x, torch.sin(x), x + torch.cos(x)], query)
+compiled = torch.compile(model, backend="attnres", fullgraph=True)
+(grad,) = torch.autograd.grad(compiled(x).square().sum(), x)
+(expected,) = torch.autograd.grad(model(x).square().sum(), x)
+torch.testing.assert_close(grad, expected)
+print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_another_process_reads_compiled_graphs_from_the_cache(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for name in ("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "TORCHINDUCTOR_FX_GRAPH_CACHE"):
+        environment.pop(name, None)
+    script = tmp_path / "cached.py"
+    script.write_text(CACHED)
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, str(script)], env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) > 0
