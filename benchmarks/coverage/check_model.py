@@ -27,6 +27,7 @@ from attnres_compile.plans import ConversionPlan
 from attnres_compile.verification import tolerance
 
 _MOST_NOISE = 5  # times that all parameters are changed
+_NOISE_DRAWS = 6
 _NOISES, _LARGEST_NOISE = 8.0, 1e-6  # times the effect of one rounding, and no more than this
 STATUSES = ("converted", "refused", "capture failed", "wrong", "not built", "out of time")
 
@@ -196,24 +197,33 @@ def _check_in_float64(model: nn.Module, converted: nn.Module, kwargs: dict[str, 
 def _noise(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, float]:
     """For outputs and for gradients: a few times what one unit in the last place changes.
 
-    Nothing is excused that is off by more than `_LARGEST_NOISE`.
+    Where a ReLU's input is all but zero, only some of the draws show it. Nothing is excused that
+    is off by more than `_LARGEST_NOISE`.
     """
     plain = copy.deepcopy(model).double()
     inputs = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in kwargs.items()
     }
-    shaken = copy.deepcopy(plain)
+    expected = run(copy.deepcopy(plain), (), inputs)
+    largest = {"output": 0.0, "gradient": 0.0}
+    for seed in range(_NOISE_DRAWS):
+        actual = run(_shaken(plain, seed), (), inputs)
+        for each in compare(expected, actual, torch.float64, 0.0):
+            worth = min(_NOISES * each.relative, _LARGEST_NOISE)
+            largest[each.kind] = max(largest[each.kind], worth)
+    return largest
+
+
+def _shaken(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with noise of one unit in the last place, either way or none, on every parameter."""
+    shaken = copy.deepcopy(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
+        torch.manual_seed(seed)
         for parameter in shaken.parameters():
             ulps = torch.randint(-1, 2, parameter.shape).to(parameter)
             parameter *= 1 + ulps * torch.finfo(torch.float64).eps
-    compared = compare(run(plain, (), inputs), run(shaken, (), inputs), torch.float64, 0.0)
-    largest = {"output": 0.0, "gradient": 0.0}
-    for each in compared:
-        largest[each.kind] = max(largest[each.kind], min(_NOISES * each.relative, _LARGEST_NOISE))
-    return largest
+    return shaken
 
 
 def _check_same(stripped: dict[str, Tensor], before: dict[str, Tensor]) -> None:
