@@ -230,25 +230,33 @@ def test_stripped_weights_are_compared_bit_for_bit() -> None:
 
 
 class Amplifying(Chain):
-    """One unit in the last place of float64 is 1e-8 of its output."""
+    """One unit in the last place of float64 is 1e-8 of its output, or of float32 1e-5."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (super().forward(x) * 1e8).sin()
+        return (super().forward(x) * (1e8 if x.dtype == torch.float64 else 100)).sin()
 
 
-@pytest.mark.parametrize(("off", "excused"), [(2e-16, True), (1e-12, False)])
+@pytest.mark.parametrize(
+    ("dtype", "off", "excused"),
+    [
+        (torch.float64, 2e-16, True),
+        (torch.float64, 1e-12, False),
+        (torch.float32, 1e-7, True),
+        (torch.float32, 1e-5, False),
+    ],
+)
 def test_roundings_that_a_model_amplifies(
-    monkeypatch: pytest.MonkeyPatch, off: float, excused: bool
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, off: float, excused: bool
 ) -> None:
-    """No tolerance holds for it; what is wrong by 1e-12 is told from roundings all the same."""
+    """No tolerance holds for it; what is wrong by more is told from roundings all the same."""
 
     def verify(model: nn.Module, other: nn.Module, args: Any, kwargs: Any) -> Any:
         runs = [run(copy.deepcopy(each), args, kwargs) for each in (model, other)]
-        return SimpleNamespace(comparisons=compare(*runs, torch.float64, 1e-10))
+        return SimpleNamespace(comparisons=compare(*runs, dtype, 1e-10))
 
     monkeypatch.setattr(check_model.attnres_compile, "verify", verify)
     torch.manual_seed(0)
-    model, x = Amplifying().double(), torch.randn(30, 4, dtype=torch.float64)
+    model, x = Amplifying().to(dtype), torch.randn(30, 4, dtype=dtype)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
