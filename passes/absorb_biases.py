@@ -117,7 +117,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(_names(node), node.args, strict=True))
 
 
-def _set(node: fx.Node, name: str, argument: fx.Node) -> None:
+def _set(node: fx.Node, name: str, argument: Any) -> None:
     node.update_arg(_names(node).index(name), argument)
 
 
