@@ -54,11 +54,31 @@ def _summary(lines: list[Line]) -> str:
     for library in dict.fromkeys(line["library"] for line in lines):
         counts = Counter(line["status"] for line in lines if line["library"] == library)
         captured = counts["converted"] + counts["refused"] + counts["wrong"]
-        share = f"{counts['converted'] / captured:.0%}" if captured else "-"
-        opted = sum(_by_option(line) for line in lines if line["library"] == library)
-        rows.append([library, *(counts[status] for status in STATUSES), share, opted])
-    heads = ["library", *STATUSES, "converted, of those captured", "of them by delta_sources"]
+        own = [line for line in lines if line["library"] == library]
+        without = sum(line["status"] == "refused" and not line["refusals"] for line in own)
+        rows.append(
+            [
+                library,
+                *(counts[status] for status in STATUSES),
+                without,
+                _share(counts["converted"], captured),
+                _share(counts["converted"], captured - without),
+                sum(map(_by_option, own)),
+            ]
+        )
+    heads = [
+        "library",
+        *STATUSES,
+        "refused for want of any addition",
+        "converted, of those captured",
+        "of those with an addition",
+        "converted by delta_sources",
+    ]
     return _table(heads, rows)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
 
 
 def _library(library: str, lines: list[Line]) -> Iterator[str]:
