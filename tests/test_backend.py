@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     "name",
     [
-        "vit",
+        pytest.param("vit", marks=pytest.mark.slow),
         pytest.param("preact_resnet", marks=pytest.mark.slow),
         pytest.param("gpt2", marks=pytest.mark.slow),
         pytest.param("t5", marks=pytest.mark.slow),
@@ -38,7 +38,7 @@ def test_the_reference_kernels() -> None:
     check_as_eager("llama", "reference")
 
 
-@pytest.mark.parametrize("name", ["llama", "vit"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "vit"])
 def test_training_gives_the_losses_of_eager(name: str) -> None:
     check_training(name, "auto")
 
@@ -71,7 +71,8 @@ def run_interpreted(*checks: str) -> None:
     assert [f"passed {check}" for check in checks] == worker.stdout.splitlines()[-len(checks) :]
 
 
-@pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_other_sizes_compile_at_most_once_more(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

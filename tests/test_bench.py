@@ -30,6 +30,7 @@ def results(path: Path, *argv: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows are those of the kernels by themselves: test_traffic.py counts the same."""
     n, s = 3, 3

@@ -297,7 +297,7 @@ def test_the_tables() -> None:
         ],
         "the command",
     )
-    assert "| transformers | 3 | 1 | 1 | 0 | 0 | 0 | 75% | 1 |" in page
+    assert "| transformers | 3 | 1 | 1 | 0 | 0 | 0 | 0 | 75% | 75% | 1 |" in page
     assert "Converted, with the number of residual additions: A (6), D (2)." in page
     assert "Converted by delta_sources, with the number of residual additions: E (3)." in page
     assert "| b | B | refused | 4 x post-norm |" in page

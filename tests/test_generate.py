@@ -19,7 +19,11 @@ from zoo import by_name
 NEW_TOKENS = 32
 LENGTHS = (3, 5, 7)
 PAD = 0
-DECODERS = ["llama", "gpt2", "qwen3", "gemma3", "mixtral"]
+DECODERS = [
+    "llama",
+    "gpt2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gemma3", "mixtral")),
+]
 
 
 def prompts(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

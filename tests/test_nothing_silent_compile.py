@@ -76,6 +76,7 @@ class TestOuterCompile:
         with torch.no_grad(), pytest.raises(UnconvertedPathError, match=UNCONVERTED):
             compiled(converted, "aot_eager")(tower_inputs())
 
+    @pytest.mark.slow
     def test_two_calls_in_one_graph_apply(self) -> None:
         converted, reference = converted_tower(), converted_tower()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,6 +59,7 @@ def loss_of(output: Tensor) -> Tensor:
     return (output * torch.linspace(-1, 1, output.shape[1])).square().mean()
 
 
+@pytest.mark.slow
 def test_several_buckets(tmp_path: Path) -> None:
     multiprocessing.spawn(train, args=(str(tmp_path),), nprocs=RANKS)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]

@@ -42,7 +42,7 @@ def directory_of(example: Example, path: Path, dtype: torch.dtype, *, shards: bo
 @pytest.mark.parametrize(
     ("example", "dtype", "shards"),
     [
-        (LLAMA, torch.bfloat16, True),
+        pytest.param(LLAMA, torch.bfloat16, True, marks=pytest.mark.slow),
         (VIT, torch.float32, False),
         pytest.param(LLAMA, torch.float32, False, marks=pytest.mark.slow),
         pytest.param(GPT2, torch.float32, True, marks=pytest.mark.slow),

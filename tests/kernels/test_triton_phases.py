@@ -44,6 +44,7 @@ def test_sizes(group: str, dtype: str) -> None:
     assert not any(found.values()), found
 
 
+@pytest.mark.slow
 def test_in_double_precision() -> None:
     found = run_worker("two-phase:float64", "images:float64")
     assert not any(found.values()), found

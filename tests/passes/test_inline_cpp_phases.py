@@ -86,6 +86,7 @@ def test_a_compiled_graph_has_calls_that_write_to_its_own_memory(targets: set[st
     assert seen.targets >= PHASES  # the user's pass ran, before
 
 
+@pytest.mark.slow
 def test_other_implementations_stay_as_they_are(targets: set[str]) -> None:
     assert max(errors("reference")) < 1e-5
     assert "attnres.mix.default" in targets
@@ -101,8 +102,14 @@ def test_a_graph_without_phases_is_left_alone() -> None:
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
 
 
-@pytest.mark.parametrize("norm_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "norm_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        pytest.param(torch.bfloat16, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_norms_in_other_dtypes(dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
     queries = torch.randn(2, 8)
     weight = torch.randn(8, dtype=norm_dtype)
