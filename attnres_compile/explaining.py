@@ -146,7 +146,10 @@ def _reads(site: Site | None) -> str:
     if site is None:
         return "nothing reads its result but the next addition"
     if site.left_out:
-        return f"its readers get the plain sum (site {site.name} is left out by the option sites)"
+        return (
+            f"its readers get the state as it was (site {site.name} is left out: by the option "
+            "sites, or because no gradient comes back to it)"
+        )
     return f"its readers get the mix of site {site.name} over {site.num_sources} sources"
 
 

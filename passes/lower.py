@@ -11,6 +11,8 @@ triton     CUDA, ROCm; a CPU interprets   generated Triton kernels, scheduled an
 reference  everywhere                     ``attnres::mix`` as it is: plain PyTorch
 ========== ============================== ==================================================
 
+The phases in C++ stay operators until Inductor has a graph; ``inline_cpp_phases.py`` goes on.
+
 Contract: values are the same to rounding. What is left to plain PyTorch is not changed at all.
 """
 

@@ -5,8 +5,8 @@
 // in the first-level cache while a token is worked on, so each is read from memory once. Every
 // thread has a contiguous run of tokens, and sums over tokens are formed per thread and added up in
 // the order of threads, so that results do not vary from run to run. Null pointers stand for what
-// is missing or what nobody wants. Arguments are in the order of these schemas,
-// results last, and after them the sizes.
+// is missing or what nobody wants. Arguments are in the order of these schemas, results last, and
+// after them the sizes.
 
 // Sources -----------------------------------------------------------------------------------------
 
@@ -23,9 +23,7 @@ extern "C" void complete(const Element *first, const Element *second, const Elem
         const Element *other = second + t * width;
         Element *sum = source + t * width;
         each(width, EACH {
-          auto addend = load<KIND>(other + d);
-          if (bias) addend += load<KIND>(bias + d);
-          auto value = rounded(load<KIND>(row + d) + addend, row);
+          auto value = added<KIND>(row, other, bias, d);
           store(sum + d, value);
           squares.add(way, value * value);
         });
@@ -199,9 +197,7 @@ extern "C" void phase2(const Element *before, const Element **direct, int64_t co
             const Element *more = branch + offset;
             Element *sum = partial + offset;
             each(width, EACH {
-              auto addend = load<KIND>(more + d);
-              if (branch_bias) addend += load<KIND>(branch_bias + d);
-              auto value = rounded(load<KIND>(source + d) + addend, source);
+              auto value = added<KIND>(source, more, branch_bias, d);
               store(sum + d, value);
               squares.add(way, value * value);
               along.add(way, value * load<KIND>(query + d));

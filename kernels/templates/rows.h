@@ -132,6 +132,14 @@ template <typename A, typename B> INLINE inline Real dot(const A *left, const B 
   return sum.total();
 }
 
+// The sum of two rows and of a bias, if there is one, at `d`; rounded to Element.
+template <typename V>
+INLINE inline V added(const Element *skip, const Element *branch, const Element *bias, int64_t d) {
+  V value = load<V>(branch + d);
+  if (bias) value += load<V>(bias + d);
+  return rounded(load<V>(skip + d) + value, skip);
+}
+
 template <typename A, typename B> INLINE inline void copy_row(A *to, const B *from, int64_t width) {
   each(width, EACH { store(to + d, load<KIND>(from + d)); });
 }

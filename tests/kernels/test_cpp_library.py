@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from attnres_compile.errors import BackendError
+from attnres_compile.kernels import cpp_library
 from attnres_compile.kernels.cpp_library import OPERATORS
 
 
@@ -31,3 +35,32 @@ def test_rows_that_lie_apart_are_an_error() -> None:
         OPERATORS["complete"](
             source, None, None, queries, 2, 1e-6, None, torch.empty(2, 5), torch.empty(5)
         )
+
+
+SOURCE = Path(cpp_library.__file__).parent / "templates" / "phases.cpp"
+
+
+KINDS = {  # of arguments: how they are written in C++, in front of the name
+    "Tensor": (r"(const )?(Element|Real|void) \*",),
+    "Optional[Tensor]": (r"(const )?(Element|Real|void) \*",),
+    "List[Tensor]": (r"(const )?(Element|Real) \*\*",),
+    "List[int]": (r"const int64_t \*", r"int64_t "),
+    "int": (r"int64_t ",),
+    "bool": (r"int64_t ",),
+    "float": (r"double ",),
+}
+
+
+@pytest.mark.parametrize("name", cpp_library.NAMES)
+def test_a_schema_has_the_arguments_of_the_function(name: str) -> None:
+    found = re.search(rf'extern "C" void {name}\((.*?)\) \{{', SOURCE.read_text(), re.DOTALL)
+    assert found is not None
+    written = [" ".join(each.split()) for each in found[1].split(",")]
+    expected = []
+    for argument in getattr(torch.ops.attnres, f"cpp_{name}").default._schema.arguments:
+        first, *length = KINDS[str(argument.type)]
+        expected += [first + argument.name, *(kind + r"\w+" for kind in length)]
+    expected += ["int64_t tokens", "int64_t width", "int64_t threads"]
+    assert len(written) == len(expected)
+    for parameter, pattern in zip(written, expected, strict=True):
+        assert re.fullmatch(pattern, parameter), f"{parameter} is not {pattern}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses import FakeTensorMode
 
 from attnres_compile.functional import attnres
 from attnres_compile.kernels.cpp_library import NAMES
@@ -100,6 +102,27 @@ def test_a_graph_without_phases_is_left_alone() -> None:
     graph.output(x)
     InlineCppPhases()(graph)
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def test_a_graph_out_of_order_is_put_in_order() -> None:
+    mode, graph = FakeTensorMode(), fx.Graph()
+    with mode:
+        x, queries = torch.empty(3, 8), torch.empty(2, 8)
+        values = torch.ops.attnres.complete([x], queries, 1e-6, -1, "cpp")
+    inputs = {"x": x, "queries": queries}
+    nodes = {name: graph.placeholder(name) for name in inputs}
+    arguments = ([nodes["x"]], nodes["queries"], 1e-6, -1, "cpp")
+    phase = graph.call_function(torch.ops.attnres.complete.default, arguments)
+    logits = graph.call_function(operator.getitem, (phase, 1))
+    reader = graph.call_function(torch.ops.aten.sin.default, (logits,))
+    graph.output(reader)
+    made = {phase: values, logits: values[1], reader: values[1]}
+    for node, value in ({nodes[name]: inputs[name] for name in inputs} | made).items():
+        node.meta["val"] = value
+    phase.prepend(reader)
+    InlineCppPhases()(graph)
+    order = [str(node.target) for node in graph.nodes]
+    assert order.index("attnres.cpp_complete.default") < order.index("aten.sin.default")
 
 
 @pytest.mark.parametrize(
