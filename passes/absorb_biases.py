@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.cpp_library import OPERATORS
 from attnres_compile.kernels.reference import arithmetic_dtype
+from attnres_compile.passes.cpp_calls import arguments_of, set_argument, value_of
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default)
@@ -43,7 +44,7 @@ class _Sum(NamedTuple):
 
 
 def _absorb(graph: fx.Graph, node: fx.Node, names: _Sum) -> None:
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     skip, branch = arguments[names.skip], arguments[names.branch]
     if branch is None:
         return
@@ -60,9 +61,9 @@ def _absorb(graph: fx.Graph, node: fx.Node, names: _Sum) -> None:
     branch = product if branch is linear else branch
     linear.replace_all_uses_with(product)
     graph.erase_node(linear)
-    _set(node, names.skip, [*skip[:-1], last] if isinstance(skip, list | tuple) else last)
-    _set(node, names.branch, branch)
-    _set(node, names.bias, vector)
+    set_argument(node, names.skip, [*skip[:-1], last] if isinstance(skip, list | tuple) else last)
+    set_argument(node, names.branch, branch)
+    set_argument(node, names.bias, vector)
 
 
 def _linear(result: fx.Node, reader: fx.Node) -> fx.Node | None:
@@ -74,7 +75,7 @@ def _linear(result: fx.Node, reader: fx.Node) -> fx.Node | None:
         return None
     if pytree.tree_leaves(reader.args).count(result) > 1:
         return None
-    vector, value = _value(linear.args[0]), _value(result)
+    vector, value = value_of(linear.args[0]), value_of(result)
     fits = vector.shape == value.shape[-1:] and vector.is_contiguous()
     same = vector.dtype == value.dtype == arithmetic_dtype(value.dtype)
     return linear if fits and same else None
@@ -82,23 +83,23 @@ def _linear(result: fx.Node, reader: fx.Node) -> fx.Node | None:
 
 def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
     """The sums over tokens of the last gradient are formed where it is."""
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     if not arguments["wanted"] or arguments["wanted"][-1] != arguments["count"] - 1:
         return
     grad, query = arguments["grads"][-1], arguments["query"]
     flat = [grad, *(user for user in grad.users if user.target in _VIEWS)]
-    sums = [user for each in flat for user in each.users if _sums_tokens(user, _value(query))]
+    sums = [user for each in flat for user in each.users if _sums_tokens(user, value_of(query))]
     if not sums:
         return
     with graph.inserting_before(node):
         total = graph.call_function(_aten.empty_like.default, (query,))
-    total.meta["val"] = torch.empty_like(_value(query))
-    _set(node, "grad_branch_bias", total)
+    total.meta["val"] = torch.empty_like(value_of(query))
+    set_argument(node, "grad_branch_bias", total)
     for each in sums:
-        shape = list(_value(each).shape)
+        shape = list(value_of(each).shape)
         with graph.inserting_before(each):
             shaped = graph.call_function(_aten.reshape.default, (total, shape))
-        shaped.meta["val"] = _value(each)
+        shaped.meta["val"] = value_of(each)
         each.replace_all_uses_with(shaped)
         graph.erase_node(each)
 
@@ -108,24 +109,6 @@ def _sums_tokens(node: fx.Node, query: Tensor) -> bool:
     if node.target is not _aten.sum.dim_IntList or node.kwargs:
         return False
     grads, dims, *_ = cast("tuple[Any, ...]", node.args)
-    value = _value(grads)
+    value = value_of(grads)
     rows = value.dim() == 2 and value.shape[-1:] == query.shape and list(dims) == [0]
-    return rows and _value(node).dtype == value.dtype == query.dtype
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    return dict(zip(_names(node), node.args, strict=True))
-
-
-def _set(node: fx.Node, name: str, argument: Any) -> None:
-    node.update_arg(_names(node).index(name), argument)
-
-
-def _names(node: fx.Node) -> list[str]:
-    target: Any = node.target
-    return [argument.name for argument in target._schema.arguments]
-
-
-def _value(node: Any) -> Tensor:
-    value: Tensor = node.meta["val"]
-    return value
+    return rows and value_of(node).dtype == value.dtype == query.dtype

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from attnres_compile.kernels import cpp_library, cpp_phases, phases
 from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
+from attnres_compile.passes.write_in_place import write_in_place
 
 
 class InlineCppPhases(CustomGraphPass):
@@ -46,11 +47,14 @@ class InlineCppPhases(CustomGraphPass):
             else:
                 graph.erase_node(node)
         absorb_biases(graph)
+        write_in_place(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        passes = [inspect.getfile(each) for each in (InlineCppPhases, absorb_biases)]
+        passes = [
+            inspect.getfile(each) for each in (InlineCppPhases, absorb_biases, write_in_place)
+        ]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
 

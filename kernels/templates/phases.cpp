@@ -14,31 +14,38 @@ extern "C" void complete(const Element *first, const Element *second, const Elem
                          const Real *queries, int64_t sites, double eps, Element *source,
                          Real *logits, Real *inverse_rms, int64_t tokens, int64_t width,
                          int64_t threads) {
+  Turned turned(queries, sites, width);
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
-    auto query_rows = rows_of(queries, sites, width);
-    for (int64_t t = begin; t < end; ++t) {
-      const Element *row = first + t * width;
-      Sum squares;
-      if (second) {
-        const Element *other = second + t * width;
-        Element *sum = source + t * width;
-        each(width, EACH {
-          auto value = added<KIND>(row, other, bias, d);
-          store(sum + d, value);
-          squares.add(way, value * value);
-        });
-        row = sum;
-      } else {
-        each(width, EACH {
-          auto value = load<KIND>(row + d);
-          squares.add(way, value * value);
-        });
+    std::vector<Real> products(sites * TOKENS);
+    in_batches(begin, end, TOKENS, [&](int64_t t, int64_t some) {
+      Real inverses[TOKENS];
+      for (int64_t u = 0; u < some; ++u) {
+        int64_t offset = (t + u) * width;
+        const Element *row = first + offset;
+        Sum squares;
+        if (second) {
+          const Element *other = second + offset;
+          Element *sum = source + offset;
+          each(width, EACH {
+            auto value = added<KIND>(row, other, bias, d);
+            store(sum + d, value);
+            squares.add(way, value * value);
+          });
+        } else {
+          each(width, EACH {
+            auto value = load<KIND>(row + d);
+            squares.add(way, value * value);
+          });
+        }
+        inverses[u] = squares.total();
       }
-      Real inverse = 1 / std::sqrt(squares.total() / width + Real(eps));
-      inverse_rms[t] = inverse;
-      dots(row, query_rows.data(), sites, width, logits + t, tokens);
-      for (int64_t j = 0; j < sites; ++j) logits[j * tokens + t] *= inverse;
-    }
+      for (int64_t u = 0; u < some; ++u)
+        inverse_rms[t + u] = inverses[u] = 1 / std::sqrt(inverses[u] / width + Real(eps));
+      turned.times((second ? source : first) + t * width, some, products.data());
+      for (int64_t j = 0; j < sites; ++j)
+        for (int64_t u = 0; u < some; ++u)
+          logits[j * tokens + t + u] = turned.at(products.data(), j, u) * inverses[u];
+    });
   });
 }
 

@@ -160,6 +160,70 @@ void dots(const A *left, const B *const *rights, int64_t count, int64_t width, R
   for (; j < count; ++j) results[j * stride] = dot(left, rights[j], width);
 }
 
+constexpr int64_t TOKENS = 16;  // at most that are worked on together
+
+// Vectors that all rows are multiplied with. LANES of them are turned, so that an instruction works
+// on one element of each and no sum across lanes is needed; what remains is multiplied as it is.
+// In stretches of the width: one stays in the first-level cache for all rows, and sums of sums are
+// more exact.
+class Turned {
+  static constexpr int64_t STRETCH = 256;
+  int64_t count, width, groups;
+  std::vector<Real> columns;  // [groups, width, LANES]
+  std::vector<const Real *> rest;
+
+  template <int G, int U>
+  void multiply(const Element *rows, const Real *from, int64_t begin, int64_t end, Real *to) const {
+    Vector sums[G][U] = {};
+    for (int64_t d = begin; d < end; ++d)
+      for (int g = 0; g < G; ++g) {
+        Vector values = load<Vector>(from + (g * width + d) * LANES);
+        for (int u = 0; u < U; ++u) sums[g][u] += load<Real>(rows + u * width + d) * values;
+      }
+    for (int g = 0; g < G; ++g)
+      for (int u = 0; u < U; ++u) {
+        Real *place = to + (g * TOKENS + u) * LANES;
+        store(place, load<Vector>(place) + sums[g][u]);
+      }
+  }
+
+  template <int G, int U>
+  void multiply_all(const Element *rows, int64_t some, int64_t g, Real *products) const {
+    const Real *from = columns.data() + g * width * LANES;
+    for (int64_t begin = 0; begin < width; begin += STRETCH) {
+      int64_t end = std::min(begin + STRETCH, width), u = 0;
+      Real *to = products + g * LANES * TOKENS;
+      for (; u + U <= some; u += U)
+        multiply<G, U>(rows + u * width, from, begin, end, to + u * LANES);
+      for (; u < some; ++u) multiply<G, 1>(rows + u * width, from, begin, end, to + u * LANES);
+    }
+  }
+
+public:
+  Turned(const Real *vectors, int64_t count, int64_t width)
+      : count(count), width(width), groups(count / LANES), columns(groups * width * LANES) {
+    for (int64_t j = 0; j < groups * LANES; ++j)
+      for (int64_t d = 0; d < width; ++d)
+        columns[(j / LANES * width + d) * LANES + j % LANES] = vectors[j * width + d];
+    for (int64_t j = groups * LANES; j < count; ++j) rest.push_back(vectors + j * width);
+  }
+  // Products with `some` rows, at most TOKENS; `at` finds that of vector j and row u.
+  void times(const Element *rows, int64_t some, Real *products) const {
+    std::fill_n(products, groups * LANES * TOKENS, Real(0));
+    int64_t g = 0;
+    for (; g + 3 <= groups; g += 3) multiply_all<3, 4>(rows, some, g, products);
+    for (; g + 2 <= groups; g += 2) multiply_all<2, 4>(rows, some, g, products);
+    for (; g < groups; ++g) multiply_all<1, 8>(rows, some, g, products);
+    for (int64_t u = 0; u < some; ++u)
+      dots(rows + u * width, rest.data(), rest.size(), width,
+           products + groups * LANES * TOKENS + u, TOKENS);
+  }
+  Real at(const Real *products, int64_t j, int64_t u) const {
+    if (j >= groups * LANES) return products[j * TOKENS + u];
+    return products[(j / LANES * TOKENS + u) * LANES + j % LANES];
+  }
+};
+
 template <int J, int WAYS, typename V, typename In, typename Start, typename Out>
 INLINE inline void combine_here(const In *const *rows, int64_t count, const Real *weights,
                                 int64_t across, int64_t along, const Start *const *starts,
@@ -248,8 +312,6 @@ public:
       for (int64_t d = 0; d < width; ++d) out[d] += sums[from + d];
   }
 };
-
-constexpr int64_t TOKENS = 16;  // at most that are worked on together
 
 // body(first token, how many) over batches of tokens. What is done once per token, sums across a
 // row and roots, takes long to finish; the tokens of a batch do not wait for each other's.
