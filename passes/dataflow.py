@@ -16,6 +16,7 @@ import networkx as nx
 from torch import fx
 
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.concatenations import concatenated_part
 from attnres_compile.passes.graph_values import is_tensor
 
 
@@ -51,7 +52,7 @@ class Dataflow:
         """The node whose value `node` carries unchanged: up through copies, widening casts, views.
 
         Views count only where the element order is the origin's: reshapes do, transpositions do
-        once they are undone.
+        once they are undone. A slice that is a part of a concatenation carries that part's value.
         """
         return self.path_to_origin(node)[-1]
 
@@ -62,8 +63,8 @@ class Dataflow:
         length = 1  # of the path up to where every transposition is undone
         order: tuple[int, ...] | None = None  # pending permutation of the current node's dimensions
         while (step := _step_up(path[-1], order)) is not None:
-            above, order = step
-            path.append(above)
+            passed, order = step
+            path += passed
             if order is None or order == tuple(range(len(order))):
                 length, order = len(path), None
         return path[:length]
@@ -187,17 +188,22 @@ class Reads:
 
 def _step_up(
     node: fx.Node, order: tuple[int, ...] | None
-) -> tuple[fx.Node, tuple[int, ...] | None] | None:
+) -> tuple[list[fx.Node], tuple[int, ...] | None] | None:
     """One transparent step towards the origin; None where the value is made here."""
     arguments = ops.tensor_arguments(node)
-    if not arguments or not is_tensor(node) or ops.writes_into(node) is not None:
+    if not is_tensor(node) or ops.writes_into(node) is not None:
+        return None
+    part = concatenated_part(node)
+    if part is not None:
+        return (part, None) if order is None else None
+    if not arguments:
         return None
     source = arguments[0]
     if ops.is_value_preserving(node):
-        return source, order
+        return [source], order
     if ops.is_reshape(node):
-        return (source, None) if order is None else None
+        return ([source], None) if order is None else None
     moved = ops.permutation(node)
     if moved is None:
         return None
-    return source, moved if order is None else tuple(moved[position] for position in order)
+    return [source], moved if order is None else tuple(moved[position] for position in order)

@@ -21,6 +21,7 @@ from torch import fx
 from attnres_compile.errors import MismatchError
 from attnres_compile.kernels import ops as kernel_ops  # noqa: F401  registers attnres::mix
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.concatenations import concatenated_part
 from attnres_compile.passes.graph_editor import Editor
 from attnres_compile.passes.graph_values import dtype_of, shape_of, source_line
 from attnres_compile.passes.streams import Addition, ResidualStream, State
@@ -234,13 +235,15 @@ def _erase_dead(graph: fx.Graph, additions: list[fx.Node]) -> None:
         pending = [addition]
         while pending:
             node = pending.pop()
-            if node.users or not (node is addition or _is_plain_copy(node)):
+            if node.users or not (node is addition or _only_carries(node)):
                 continue
             pending += node.all_input_nodes
             graph.erase_node(node)
 
 
-def _is_plain_copy(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and (
-        ops.is_value_preserving(node) or ops.is_reshape(node)
-    )
+def _only_carries(node: fx.Node) -> bool:
+    """A copy or view, or a part taken from a concatenation: it computes nothing."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    copied = ops.is_value_preserving(node) or ops.is_reshape(node)
+    return copied or concatenated_part(node) is not None
