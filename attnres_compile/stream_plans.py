@@ -62,7 +62,7 @@ def unusable(
         return Refusal(
             "dynamic-width", "the channel dimension of the stream has no fixed size", *where
         )
-    widths = {shape_of(state.node)[channel] for state in stream.states}
+    widths = {shape_of(state.node)[channel] for state in stream.states if not state.turns}
     if len(widths) > 1:
         return Refusal("reshaped-channel", "the channel dimension is reshaped on the way", *where)
     if len({value_of(state.node).device for state in stream.states}) > 1:

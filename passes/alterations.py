@@ -52,7 +52,7 @@ def alteration_between(
     if not is_tensor(source):
         return None
     nodes = _nodes_between(view, source, end)
-    if not nodes or not all(map(keeps_form, nodes)):
+    if not nodes or not all(map(keeps_form, nodes)) or not reads.turns.isdisjoint(nodes):
         return None
     values = [node for node in nodes if reads.origin(node) is node]
     cuts = _cuts(reads, source, values)

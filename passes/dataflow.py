@@ -57,12 +57,12 @@ class Dataflow:
         return self.path_to_origin(node)[-1]
 
     @staticmethod
-    def path_to_origin(node: fx.Node) -> list[fx.Node]:
-        """The nodes from `node` up to its origin."""
+    def path_to_origin(node: fx.Node, turns: frozenset[fx.Node] = frozenset()) -> list[fx.Node]:
+        """The nodes from `node` up to its origin, where these transpositions are seen through."""
         path = [node]
         length = 1  # of the path up to where every transposition is undone
         order: tuple[int, ...] | None = None  # pending permutation of the current node's dimensions
-        while (step := _step_up(path[-1], order)) is not None:
+        while (step := _step_up(path[-1], order, turns)) is not None:
             passed, order = step
             path += passed
             if order is None or order == tuple(range(len(order))):
@@ -145,10 +145,15 @@ class Read:
 
 
 class Reads:
-    """Who reads which value, with in-place writes taken into account."""
+    """Who reads which value, with in-place writes taken into account.
 
-    def __init__(self, view: Dataflow) -> None:
+    Attributes:
+        turns: transpositions that carry a state on to another layout (see `layouts`).
+    """
+
+    def __init__(self, view: Dataflow, turns: frozenset[fx.Node] = frozenset()) -> None:
         self._view = view
+        self.turns = turns
         self._paths: dict[fx.Node, list[fx.Node]] = {}
         self._by_value: dict[fx.Node, list[Read]] = defaultdict(list)
         for user in view.order:
@@ -172,9 +177,13 @@ class Reads:
             user = node
         return path[-1]
 
+    def turns_above(self, node: fx.Node) -> list[fx.Node]:
+        """The turns between the origin of a node and itself."""
+        return [each for each in reversed(self._path(node)) if each in self.turns]
+
     def _path(self, node: fx.Node) -> list[fx.Node]:
         if node not in self._paths:
-            self._paths[node] = self._view.path_to_origin(node)
+            self._paths[node] = self._view.path_to_origin(node, self.turns)
         return self._paths[node]
 
     def of(self, value: fx.Node) -> list[Read]:
@@ -187,7 +196,7 @@ class Reads:
 
 
 def _step_up(
-    node: fx.Node, order: tuple[int, ...] | None
+    node: fx.Node, order: tuple[int, ...] | None, turns: frozenset[fx.Node]
 ) -> tuple[list[fx.Node], tuple[int, ...] | None] | None:
     """One transparent step towards the origin; None where the value is made here."""
     arguments = ops.tensor_arguments(node)
@@ -201,7 +210,7 @@ def _step_up(
     source = arguments[0]
     if ops.is_value_preserving(node):
         return [source], order
-    if ops.is_reshape(node):
+    if ops.is_reshape(node) or (node in turns and order is None):
         return ([source], None) if order is None else None
     moved = ops.permutation(node)
     if moved is None:

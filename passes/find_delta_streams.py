@@ -77,6 +77,7 @@ class DeltaChains:
         scaled = any(scales_operand(a.node, a.skip) for a in chain)
         if not scaled and not any(alteration.nodes for alteration in alterations):
             return None
+        assert not any(self.reads.turns_above(a.skip) for a in chain[1:]), "only plain chains turn"
         first = chain[0]
         at_root = self.reads.value_read(first.skip, first.node) is first.previous
         states = [State(first.skip if at_root else first.previous, 0, (), None)]

@@ -9,7 +9,8 @@ Rules, in the order they are applied (design vocabulary in brackets):
 3. A mid-chain addition of something that does not depend on the chain is *absorbed*.
 4. Where a state has several successors, the one that depends on all others (an outer skip) goes
    on with the chain, or else the longest; the others start streams of their own at that state.
-5. A stream needs two *sublayers*: with one there is nothing to choose from.
+5. A transposition of the carrier is seen through where that joins a chain too short (`layouts`).
+6. A stream needs two *sublayers*: with one there is nothing to choose from.
 
 Nothing is dropped in silence: a residual addition is in a stream or in a `Refusal`.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import fx
 from torch._ops import HigherOrderOperator
@@ -33,6 +35,7 @@ from attnres_compile.passes.explain_refusals import (
 )
 from attnres_compile.passes.find_delta_streams import DeltaChains
 from attnres_compile.passes.graph_values import dtype_of, module_path, shape_of, source_line
+from attnres_compile.passes.layouts import Turns, joining_turns, turns_after
 from attnres_compile.passes.streams import (
     Addition,
     Refusal,
@@ -62,7 +65,36 @@ def find_streams(
         The streams in graph order, outer ones before the ones nested in them, and the refusals.
     """
     view = Dataflow.of(graph)
-    reads = Reads(view)
+    found = _find(view, Reads(view), delta_sources, within)
+    turns = joining_turns(view, found.reads, found.plain)
+    if turns:
+        found = _find(view, Reads(view, turns), delta_sources, within)
+    refused = found.refused
+    if refused and not delta_sources:
+        refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
+    others = [*explain_fused_additions(view, found.reads), *_inside_operators(graph)]
+    return StreamAnalysis(tuple(found.streams), (*refused.values(), *others))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found with some turns seen through.
+
+    Attributes:
+        reads: by which values were looked up.
+        streams, refused: the result.
+        plain: all chains without alteration, those too short to be a stream too.
+    """
+
+    reads: Reads
+    streams: list[ResidualStream]
+    refused: dict[fx.Node, Refusal]
+    plain: list[ResidualStream]
+
+
+def _find(
+    view: Dataflow, reads: Reads, delta_sources: bool, within: Callable[[fx.Node], bool]
+) -> _Found:
     candidates = [node for node in view.order if _is_candidate(node)]
     accepted = _accepted_additions(view, reads, candidates)
     deltas = DeltaChains(view, reads, accepted, within)
@@ -71,15 +103,16 @@ def find_streams(
     if delta_sources:
         chains = _outer_first(view, [deltas.at_own_root(chain) for chain in chains])
     streams: list[ResidualStream] = []
+    plain: list[ResidualStream] = []
     short: list[list[Addition]] = []
     refused: dict[fx.Node, Refusal] = {}
     for chain in chains:
         delta = deltas.stream_of(chain) if delta_sources else None
         stream = _stream_of(chain, reads) if delta is None else delta
-        written = _overwritten_source(view, reads, stream)
+        plain += [stream] if delta is None and stream.sublayers else []
         if len(stream.sublayers) < 2:
             short.append(chain)
-        elif written is not None:
+        elif (written := _overwritten_source(view, reads, stream)) is not None:
             refused |= {a.node: _overwritten_refusal(a, written) for a in stream.additions}
         else:
             streams.append(stream)
@@ -89,10 +122,7 @@ def find_streams(
     refused |= explain_short_chains(reads, short, altered, delta_sources=delta_sources)
     refused |= altered
     refused |= explain_mixed_streams(view, reads, [n for n in candidates if n not in known])
-    if refused and not delta_sources:
-        refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
-    others = [*explain_fused_additions(view, reads), *_inside_operators(graph)]
-    return StreamAnalysis(tuple(streams), (*refused.values(), *others))
+    return _Found(reads, streams, refused, plain)
 
 
 def _inside_operators(graph: fx.Graph) -> list[Refusal]:
@@ -233,11 +263,14 @@ def _stream_of(chain: list[Addition], reads: Reads) -> ResidualStream:
     """States with their reads; trailing additions that nothing reads are left out."""
     states = [State(chain[0].skip, 0, _reads_of(chain[0].previous, chain[0], reads), None)]
     depth = 0
+    turns: Turns = ()
     for position, addition in enumerate(chain):
         depth += int(addition.is_residual)
+        if position > 0:
+            turns = turns_after(turns, reads.turns_above(addition.skip))
         successor = chain[position + 1] if position + 1 < len(chain) else None
         found = _reads_of(addition.node, successor, reads)
-        states.append(State(addition.node, depth, found, addition))
+        states.append(State(addition.node, depth, found, addition, turns=turns))
     while len(states) > 1 and not states[-1].reads:
         states.pop()
     return ResidualStream(tuple(states), sublayers_of(states))

@@ -51,6 +51,7 @@ class State:
         addition: the addition that made it; None for the root, and in a stream of `deltas` for
             what an alteration made of the state before.
         carries: in a stream of `deltas`, the uses that lead to the next state.
+        turns: the transpositions that make its layout of the root's, in order (see `layouts`).
     """
 
     node: fx.Node
@@ -58,6 +59,7 @@ class State:
     reads: tuple[Read, ...]
     addition: Addition | None
     carries: tuple[Read, ...] = ()
+    turns: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

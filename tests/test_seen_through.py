@@ -1,6 +1,6 @@
 """Whole models whose carrier is seen through something: counts, forward passes by hand, twins.
 
-A dual path network cuts its carrier out of a concatenation.
+A dual path network cuts its carrier out of a concatenation; in a DaViT it is an image and tokens.
 """
 
 from __future__ import annotations
@@ -69,6 +69,60 @@ def dual_path(model: Any, mixing: Mixing, images: Tensor) -> Tensor:
     return model.head(torch.cat([stream.read(), *dense], 1).mean((2, 3)))
 
 
+class TwoLayoutsBlock(nn.Module):
+    """A convolution of an image and a mixture of its tokens, in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def mixed(self, tokens: Tensor) -> Tensor:
+        y = self.linear(self.norm(tokens))
+        return torch.softmax(y @ y.transpose(1, 2), -1) @ y
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape
+        x = x + self.conv(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens + self.mixed(tokens)
+        return tokens.transpose(1, 2).view(size)
+
+
+class ScrambledBlock(TwoLayoutsBlock):
+    """The same shapes, but elements of one image and channel become another's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        x = x + self.conv(x)
+        tokens = x.transpose(0, 1).reshape(batch, height * width, channels)
+        tokens = tokens + self.mixed(tokens)
+        return tokens.transpose(0, 1).reshape(x.shape)
+
+
+class TwoLayouts(nn.Module):
+    def __init__(self, block: type[nn.Module] = TwoLayoutsBlock, blocks: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3)
+        self.blocks = nn.Sequential(*(block() for _ in range(blocks)))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).amax((2, 3)))
+
+
+def two_layouts(model: Any, mixing: Mixing, images: Tensor) -> Tensor:
+    """Two sublayers a block; sources are images, and only what reads tokens turns the mix."""
+    root = model.stem(images)
+    counted = OracleStream("blocks", WIDTH, len(model.blocks), 2)
+    stream = BlockMixer(counted, root, mixing, {}, channel_dim=1)
+    for block in model.blocks:
+        stream.add(block.conv(stream.read()))
+        tokens = stream.read().flatten(2).permute(0, 2, 1)
+        stream.add(block.mixed(tokens).permute(0, 2, 1).reshape(root.shape))
+    return model.head(stream.read().amax((2, 3)))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and what is counted by hand in its source.
@@ -100,6 +154,14 @@ class Case:
 
 CASES = [
     Case("dual path", DualPath, 4, dual_path, lambda: DualPath(first=1), "rearranged-carrier"),
+    Case(
+        "two layouts",
+        TwoLayouts,
+        4,
+        two_layouts,
+        lambda: TwoLayouts(ScrambledBlock),
+        "rearranged-carrier",
+    ),
 ]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
