@@ -9,7 +9,7 @@ Rules, in the order they are applied (design vocabulary in brackets):
 3. A mid-chain addition of something that does not depend on the chain is *absorbed*.
 4. Where a state has several successors, the one that depends on all others (an outer skip) goes
    on with the chain, or else the longest; the others start streams of their own at that state.
-5. A transposition of the carrier is seen through where that joins a chain too short (`layouts`).
+5. A transposition of the carrier is seen through where that joins too short a chain (`layouts`).
 6. A stream needs two *sublayers*: with one there is nothing to choose from.
 
 Nothing is dropped in silence: a residual addition is in a stream or in a `Refusal`.
