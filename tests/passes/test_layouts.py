@@ -199,13 +199,17 @@ def test_a_long_chain_takes_a_short_one_in() -> None:
     assert depths(analyse(body, images())) == [3]
 
 
-def test_of_two_that_follow_one_is_taken() -> None:
-    def body(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def test_of_two_that_follow_the_first_is_taken() -> None:
+    """Readers of the other lie in a layout of their own, which tells where the channel is there."""
+
+    def body(m: Any, x: Tensor) -> tuple[Tensor, ...]:
         x = convolved(m, x)
-        return mapped(m, tokens_of(x)) * 1, mapped(m, x.transpose(1, 3)) * 1
+        rows = x.transpose(1, 3)
+        return mapped(m, tokens_of(x)) * 1, mapped(m, rows) * 1, m.f(rows), m.g(rows), m.h(rows)
 
     found = analyse(body, images())
     assert (depths(found), refused(found)) == ([2], ["single-sublayer"])
+    assert channel_dimension(found.streams[0]) == 1
 
 
 def test_with_delta_sources_it_is_a_plain_stream_or_none() -> None:
