@@ -48,6 +48,14 @@ def channels_last(m: Any, x: Tensor) -> Tensor:
     return x
 
 
+def mostly_channels_last(m: Any, x: Tensor) -> Tensor:
+    """One addition in the layout of the root, and readers and branches in the other."""
+    x = convolved(m, x).permute(0, 2, 3, 1)
+    for _ in range(4):
+        x = mapped(m, x)
+    return x * 1
+
+
 def from_tokens(m: Any, x: Tensor) -> Tensor:
     """The root is in the layout of tokens, so that the channel is the last dimension."""
     x = tokens_of(m.conv(x))
@@ -70,6 +78,7 @@ def turned_twice(m: Any, x: Tensor) -> Tensor:
 JOINED: dict[str, tuple[Body, int, int]] = {
     "tokens and images": (in_turns, 4, 1),
     "channels last": (channels_last, 4, 1),
+    "mostly channels last": (mostly_channels_last, 5, 1),
     "from tokens": (from_tokens, 2, -1),
     "copied": (copied, 3, 1),
     "turned twice": (turned_twice, 2, 1),
@@ -223,6 +232,21 @@ def test_with_delta_sources_it_is_a_plain_stream_or_none() -> None:
     (stream,) = find_streams(graph, delta_sources=True).streams
     assert (len(stream.additions), stream.deltas) == (4, False)
     assert not find_streams(trace(activated, images()).graph, delta_sources=True).streams
+
+
+def test_an_alteration_does_not_pass_a_turn() -> None:
+    """Differences between states in two layouts would be of elements in different places."""
+
+    def body(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        turn = tokens_of(convolved(m, x))
+        x = 0.5 * turn + m.f(m.norm(turn))
+        for layer in (m.g, m.h):
+            x = 0.5 * x + layer(m.norm(x))
+        return mapped(m, turn) * 1, x
+
+    for stream in find_streams(trace(body, images()).graph, delta_sources=True).streams:
+        layouts = {tuple(state.node.meta["val"].shape) for state in stream.states}
+        assert stream.deltas == (layouts == {(2, 36, 8)})
 
 
 def test_turns_that_undo_each_other() -> None:
