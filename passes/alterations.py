@@ -44,8 +44,9 @@ def alteration_between(
     """The alteration that makes the value `end` of the value `source`.
 
     None where `end` does not depend on `source`, or not by operations that keep every element in
-    its place, or where an inner value that is no value of the carrier is read by others; nor of
-    the several results of an operator.
+    its place, or where an inner value that is no value of the carrier is read by others, or where
+    the carrier is detached (gradients would go round that); nor of the several results of an
+    operator.
     """
     if end is source:  # which may be a write in place that gives no value of its own
         return Alteration(source, (), ())
@@ -56,6 +57,8 @@ def alteration_between(
         return None
     values = [node for node in nodes if reads.origin(node) is node]
     cuts = _cuts(reads, source, values)
+    if any(ops.operation(cut) == "detach" for cut in cuts):
+        return None
     inner = {*nodes}
     for value in values:
         if value not in cuts and any(read.user not in inner for read in reads.of(value)):
@@ -78,7 +81,7 @@ def keeps_form(node: fx.Node) -> bool:
 
 
 def walk_up_alterations(node: fx.Node, reads: Reads) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """From a skip operand back over scalings, dropout, narrowing casts and slices.
+    """From a skip operand back over scalings, dropout, narrowing casts, slices and detachments.
 
     Yields each altering node with the value that it is applied to.
     """
@@ -190,12 +193,12 @@ def _values_used(reads: Reads, node: fx.Node) -> list[fx.Node]:
 
 
 def _altered(node: fx.Node) -> fx.Node | None:
-    """What a scaling by constants, dropout, a narrowing cast or a rearrangement is applied to."""
+    """What a constant scale, dropout, a cast, a detachment or a rearrangement is applied to."""
     name = ops.operation(node)
     if name in ops.REARRANGEMENTS:
         return largest_part(node)
     operands = ops.operands(node)
-    if name in ops.DROPOUTS or (name in ops.CASTS and operands):
+    if name in ops.DROPOUTS | {"detach"} or (name in ops.CASTS and operands):
         return operands[0]
     if name not in ("mul", "div"):
         return None  # also of what gives no value, as `x[i] = y` does

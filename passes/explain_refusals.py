@@ -36,6 +36,8 @@ _REASONS = {
     "up to it",
     "rearranged-carrier": "the carrier is sliced, concatenated or transposed between residual "
     "additions, so block sums do not have its shape; do that before or after the stream",
+    "detached-carrier": "the carrier is detached between residual additions, and mixes would pass "
+    "gradients round that; let gradients through, or detach what the stream starts from",
     "fused-addition": "the residual addition is fused into another operator; write it as x + f(x)",
     "changed-carrier": "the carrier is changed between residual additions, so block sums do not "
     "add up to it",
@@ -258,6 +260,8 @@ def _walk_up_to_state(
 
 def _interruption(crossed: list[fx.Node]) -> str:
     names = {ops.operation(node) for node in crossed}
+    if "detach" in names:  # which ends the streams of deltas too
+        return "detached-carrier"
     if names & ops.NORMS or any(_multiplies_by_statistic(node) for node in crossed):
         return "post-norm"
     if names & ops.CLAMPS:
