@@ -66,7 +66,7 @@ def _cut(view: Dataflow, stream: ResidualStream) -> fx.Node | None:
     reads = Reads(view)
     root = stream.states[0].node
     carried, cut = root in carrying, None  # carried: whether some source so far has gradients
-    for addition in filter(None, (state.addition for state in stream.states)):
+    for addition in stream.chain:
         way = _carrier_before(view, reads, addition) if addition.skip is not root else []
         if carried and cut is None:
             cut = next((node for node in way if node in silent), None)
