@@ -30,6 +30,7 @@ from attnres_compile.passes.explain_refusals import (
     explain_altered_skips,
     explain_fused_additions,
     explain_mixed_streams,
+    explain_own_factors,
     explain_short_chains,
     offer_deltas,
 )
@@ -67,6 +68,8 @@ def find_streams(
     reads = Reads(view)
     candidates = [node for node in view.order if _is_candidate(node)]
     accepted = _accepted_additions(view, reads, candidates)
+    refused = explain_own_factors(accepted.values())
+    accepted = {node: addition for node, addition in accepted.items() if node not in refused}
     deltas = DeltaChains(view, reads, accepted, within)
     additions = deltas.linked(candidates) if delta_sources else list(accepted.values())
     chains = _split_into_chains(view, additions)
@@ -74,7 +77,6 @@ def find_streams(
         chains = _outer_first(view, [deltas.at_own_root(chain) for chain in chains])
     streams: list[ResidualStream] = []
     short: list[list[Addition]] = []
-    refused: dict[fx.Node, Refusal] = {}
     for chain in chains:
         delta = deltas.stream_of(chain) if delta_sources else None
         stream = _stream_of(chain, reads) if delta is None else delta
@@ -88,7 +90,7 @@ def find_streams(
     known = {addition.node for addition in additions}
     known |= {node for s in streams if s.deltas for node in deltas.passed(s)}
     altered = explain_altered_skips(view, reads, [n for n in candidates if n not in known])
-    refused |= explain_short_chains(reads, short, altered, delta_sources=delta_sources)
+    refused |= explain_short_chains(reads, short, chains, altered, delta_sources=delta_sources)
     refused |= altered
     refused |= explain_mixed_streams(view, reads, [n for n in candidates if n not in known])
     if refused and not delta_sources:
@@ -146,7 +148,9 @@ def _accepted_additions(
         return other not in accepted and other is not start and not any_path[start] & bit[other]
 
     for node in candidates:
-        residual, absorbed, late = [], [], []
+        residual: list[Addition] = []
+        absorbed: list[Addition] = []
+        late: list[list[Addition]] = []  # each with what was added from the side before it
         beside[node] = []
         for position in _skip_positions(node):
             operands = ops.operands(node)

@@ -131,6 +131,13 @@ CASES = [
         oracle_deltas.gated_skips,
     ),
     Case(
+        "subtracted",
+        lambda: oracle_deltas.Subtracted(WIDTH, 5),
+        values,
+        {"stream": 5},
+        oracle_deltas.subtracted,
+    ),
+    Case(
         "lambdas",
         lambda: oracle_deltas.Lambdas(WIDTH, 3),
         values,
