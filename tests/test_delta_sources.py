@@ -339,6 +339,21 @@ def test_a_carrier_that_takes_the_mix_is_noticed(monkeypatch: pytest.MonkeyPatch
         compare(CASES[2], "sum", 2)
 
 
+def rounding_error(size: float) -> float:
+    """In float32, of a converted DeepNorm whose root is so many times as large as its states."""
+    model, inputs = next(case for case in CASES if case.name == "deep_norm").build()
+    exact = model(inputs * size)
+    inputs = (inputs * size).float()
+    converted = attnres_compile.convert(model.float(), (inputs,), config=CONFIG)
+    return relative_error(converted(inputs).double(), exact)
+
+
+def test_a_large_root_costs_digits() -> None:
+    """As documented: differences are rounded at the size of the root."""
+    assert rounding_error(1) < 2e-6
+    assert 1e-5 < rounding_error(1e4) < 4e-3
+
+
 # Tools.
 
 
