@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from attnres_compile.config import AttnResConfig
-from attnres_compile.containers import CONTAINERS, runs_all_children
+from attnres_compile.containers import CONTAINERS, asks_for_children
 from attnres_compile.passes.classify_readers import Reader, classify_readers
 from attnres_compile.passes.dataflow import Dataflow, Reads
 from attnres_compile.passes.graph_values import (
@@ -196,7 +196,7 @@ def _possible_owners(stream: ResidualStream, model: nn.Module) -> list[ModuleCal
 
 
 def _may_hold_parameters(module: nn.Module) -> bool:
-    return not isinstance(module, CONTAINERS) and not runs_all_children(module)
+    return not isinstance(module, CONTAINERS) and not asks_for_children(type(module))
 
 
 def _calls_by_path(view: Dataflow) -> dict[str, set[str]]:
