@@ -83,6 +83,11 @@ class ResidualStream:
         return tuple(addition for sublayer in self.sublayers for addition in sublayer)
 
     @property
+    def chain(self) -> tuple[Addition, ...]:
+        """All additions, the absorbed ones too."""
+        return tuple(state.addition for state in self.states if state.addition is not None)
+
+    @property
     def sites(self) -> tuple[State, ...]:
         return tuple(state for state in self.states if state.reads)
 
