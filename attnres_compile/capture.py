@@ -80,7 +80,8 @@ def _capture_by_dynamo(
         return model(*args, **kwargs)
 
     try:
-        with tracing(model, kwargs):
+        # With gradients: within somebody's no_grad, the model's own leaves no trace in the graph.
+        with tracing(model, kwargs), torch.enable_grad():
             # Static sizes, or a plan would depend on what was planned before it.
             compiled = torch.compile(call, backend=stop_here, fullgraph=True, dynamic=False)
             compiled(*args, **kwargs)
@@ -101,7 +102,7 @@ def _capture_by_export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> fx.GraphModule:
     try:
-        with tracing(model, kwargs):
+        with tracing(model, kwargs), torch.enable_grad():
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise capture_error(type(model).__name__, error) from error

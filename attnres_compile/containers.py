@@ -1,7 +1,7 @@
 """Containers as owners: nn.Sequential and its like run or index their children, but not `attnres`.
 
 Subclasses that index or iterate in a way of their own keep it. A module whose forward asks for all
-its children is passed over for the one around it.
+its children is passed over for the one around it; where there is none, its forward gets the others.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ _ALL_CHILDREN = frozenset(("children", "named_children", "_modules"))
 Slice = Callable[[type[nn.Module], Any], nn.Module]
 
 
-def runs_all_children(module: nn.Module) -> bool:
+def asks_for_children(base: type[nn.Module]) -> bool:
     """Whether its forward asks for children that it does not name: a new one would be run too."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    code = getattr(inspect.unwrap(base.forward), "__code__", None)
     return code is not None and bool(_ALL_CHILDREN & {*code.co_names})
 
 
 def container_methods(base: type[nn.Module], guarded: Slice) -> dict[str, Any]:
-    """What the subclass of a container overrides; nothing for other modules.
+    """What the subclass overrides of a container, or of a module that runs all its children.
 
     Args:
         base: the class that is subclassed.
         guarded: makes a slice of the layers that refuses to run on its own.
     """
+    plain = _inherits(base, nn.Module, "named_children")
+    children = {"named_children": _named_children} if plain and asks_for_children(base) else {}
     for kind in CONTAINERS:
         if issubclass(base, kind):
             methods = {**_METHODS[kind], **_fixed()}
             if kind is not nn.ModuleDict:
                 methods["__getitem__"] = _get_item(base, kind, guarded)
-            return {n: m for n, m in methods.items() if _inherits(base, kind, n)}
-    return {}
+            return children | {n: m for n, m in methods.items() if _inherits(base, kind, n)}
+    return children
 
 
 def _inherits(base: type[nn.Module], kind: type[nn.Module], name: str) -> bool:
@@ -52,6 +54,12 @@ def _inherits(base: type[nn.Module], kind: type[nn.Module], name: str) -> bool:
 
 def _shown(self: Any) -> dict[str, nn.Module]:
     return {name: child for name, child in self._modules.items() if name != "attnres"}
+
+
+def _named_children(self: Any) -> Iterator[tuple[str, nn.Module]]:
+    """What a forward runs; whoever moves a model to a device or sets its mode gets all of them."""
+    hidden = "attnres" if is_traced() else None
+    return iter([child for child in nn.Module.named_children(self) if child[0] != hidden])
 
 
 def _length(self: Any) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from attnres_compile.config import AttnResConfig
-from attnres_compile.containers import runs_all_children
+from attnres_compile.containers import asks_for_children
 from attnres_compile.errors import ConfigError, InputError
 from attnres_compile.graph_modules import convert_exported, convert_graph_module, is_rewritten
 from attnres_compile.huggingface import mark_config, restore_config
@@ -261,7 +261,7 @@ def _containers_between(model: nn.Module, plan: ConversionPlan) -> list[str]:
 
 
 def _runs_layers(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) or runs_all_children(module)
+    return isinstance(module, nn.Sequential) or asks_for_children(type(module))
 
 
 def _make_attnres(

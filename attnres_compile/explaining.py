@@ -15,7 +15,7 @@ from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.explain_additions import Explanation, explain_additions
 from attnres_compile.passes.streams import Refusal, ResidualStream
 from attnres_compile.path_patterns import matcher
-from attnres_compile.plans import PlannedStream, Site
+from attnres_compile.plans import LEFT_OUT, PlannedStream, Site
 
 _TITLES = {
     "residual": "converted",
@@ -147,8 +147,8 @@ def _reads(site: Site | None) -> str:
         return "nothing reads its result but the next addition"
     if site.left_out:
         return (
-            f"its readers get the state as it was (site {site.name} is left out: by the option "
-            "sites, or because no gradient comes back to it)"
+            f"its readers get the state as it was (site {site.name} is left out"
+            f"{LEFT_OUT[site.left_out_by]})"
         )
     return f"its readers get the mix of site {site.name} over {site.num_sources} sources"
 

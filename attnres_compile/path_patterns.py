@@ -17,7 +17,8 @@ def matcher(pattern: str, paths: Iterable[str]) -> Callable[[str], bool]:
     """Whether a pattern matches a module path, or a path that it goes through.
 
     ``*``, ``?`` and ``[ab]`` are those of a shell, and ``*`` takes dots too; ``name[a:b:step]``
-    are the children of ``name`` with these numbers, as Python slices a list.
+    are the children of ``name`` with these numbers, as Python slices a list; where the pattern fits
+    several lists, each is sliced by its own length.
 
     Args:
         pattern: without the ``!`` that leaves something out.
@@ -34,7 +35,7 @@ def matcher(pattern: str, paths: Iterable[str]) -> Callable[[str], bool]:
     expression, end = "", 0
     for found in _SLICE.finditer(pattern):
         expression += _translated(pattern[end : found.start()])
-        expression += _numbers(found, expression, paths, pattern)
+        expression = _numbered(found, expression, paths, pattern)
         end = found.end()
     expression += _translated(pattern[end:])
     # The second stream of a module has its path and a number: ``encoder#2``.
@@ -97,12 +98,21 @@ def _translated(glob: str) -> str:
     return re.sub(r"\\[zZ]$", "", fnmatch.translate(glob))
 
 
-def _numbers(found: re.Match[str], before: str, paths: Iterable[str], pattern: str) -> str:
-    """The numbered children that a slice takes, as alternatives."""
-    numbered = re.compile(rf"(?s:{before})\.(?P<number>\d+)(?:\..*)?")
-    counts = [int(m["number"]) + 1 for path in paths if (m := numbered.fullmatch(path))]
+def _numbered(found: re.Match[str], before: str, paths: Iterable[str], pattern: str) -> str:
+    """The numbered children that a slice takes of each list that `before` matches."""
     bounds = [int(text) if text else None for text in found.groups()]
     if bounds[2] == 0:
         raise ConfigError(f"{pattern!r} has a slice whose step is zero.")
-    taken = range(max(counts, default=0))[slice(*bounds)]
-    return rf"\.(?:{'|'.join(map(str, taken))})" if taken else r"(?!)"
+    matches = re.compile(f"(?s:{before})").fullmatch
+    lengths: dict[str, int] = {}
+    for path in paths:
+        for child in re.finditer(r"\.(\d+)(?=\.|$)", path):
+            parent = path[: child.start()]
+            if matches(parent):
+                lengths[parent] = max(lengths.get(parent, 0), int(child[1]) + 1)
+    taken = [
+        rf"{re.escape(parent)}\.(?:{'|'.join(map(str, range(length)[slice(*bounds)]))})"
+        for parent, length in lengths.items()
+        if range(length)[slice(*bounds)]
+    ]
+    return f"(?:{'|'.join(taken)})" if taken else r"(?!)"

@@ -22,7 +22,7 @@ from attnres_compile.passes.classify_readers import (
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_existing import find_existing
 from attnres_compile.passes.find_streams import find_streams
-from attnres_compile.passes.follow_gradients import nodes_with_gradients
+from attnres_compile.passes.follow_gradients import nodes_with_gradients, refuse_cut_gradients
 from attnres_compile.passes.graph_values import ModuleCall, module_path
 from attnres_compile.passes.locate_sites import locate_sites
 from attnres_compile.passes.streams import Refusal, ResidualStream
@@ -129,7 +129,7 @@ def plan_of_graph(
     refused: list[tuple[ResidualStream, Refusal]] = []
     for stream in analysis.streams:
         channel = channel_dimension(stream)
-        refusal = unusable(stream, channel, view.memory)
+        refusal = unusable(stream, channel, view.memory) or refuse_cut_gradients(view, stream)
         if refusal is None and channel is not None:
             found.append((stream, channel))
         elif refusal is not None:

@@ -57,6 +57,7 @@ class Site:
         module_path: path of the first module that reads it.
         readers: who reads it, and whether they see its scale.
         query_name, gain_name: names among the converted model's parameters; None without one.
+        left_out_by: of a site that is left out, ``sites`` for the option or ``no-gradient``.
     """
 
     name: str
@@ -67,11 +68,20 @@ class Site:
     readers: tuple[Reader, ...]
     query_name: str | None
     gain_name: str | None
+    left_out_by: str = ""
 
     @property
     def left_out(self) -> bool:
         """Whether its readers get the plain sum: by the options, or for want of a gradient."""
         return self.state > 0 and self.query_name is None
+
+
+LEFT_OUT = {
+    "sites": " by the option sites",
+    "no-gradient": " for want of a gradient",
+    "": "",  # in a file of an earlier version
+}
+"""What to say after "left out", by the cause."""
 
 
 @dataclass(frozen=True)

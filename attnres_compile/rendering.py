@@ -8,14 +8,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from attnres_compile.passes.classify_readers import Reader
 from attnres_compile.passes.streams import Refusal
-from attnres_compile.plans import ConversionPlan, PlannedStream, place
+from attnres_compile.plans import LEFT_OUT, ConversionPlan, PlannedStream, place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -169,8 +169,10 @@ def _stream_facts(stream: PlannedStream, plan: ConversionPlan) -> list[tuple[str
 
 
 def _left_out(stream: PlannedStream) -> str:
-    count = sum(site.left_out for site in stream.sites)
-    return f", {count} left out (they read the plain residual sum)" if count else ""
+    causes = Counter(LEFT_OUT[site.left_out_by] for site in stream.sites if site.left_out)
+    read = "state as it is" if stream.deltas else "plain residual sum"
+    counts = "".join(f", {count} left out{cause}" for cause, count in causes.items())
+    return f"{counts} (they read the {read})" if causes else ""
 
 
 def _depth(stream: PlannedStream) -> str:

@@ -82,7 +82,7 @@ def leave_out_untrained(
         dataclasses.replace(
             stream,
             sites=tuple(
-                site if site.state in trained[stream.name] else _plain(site)
+                site if site.state in trained[stream.name] else _plain(site, "no-gradient")
                 for site in stream.sites
             ),
         )
@@ -118,7 +118,7 @@ def _with_chosen_sites(
         dataclasses.replace(
             stream,
             sites=tuple(
-                site if chosen(paths[stream.name][site.state]) else _plain(site)
+                site if chosen(paths[stream.name][site.state]) else _plain(site, "sites")
                 for site in stream.sites
             ),
         )
@@ -126,8 +126,12 @@ def _with_chosen_sites(
     ]
 
 
-def _plain(site: Site) -> Site:
-    return dataclasses.replace(site, num_sources=1, query_name=None, gain_name=None)
+def _plain(site: Site, cause: str) -> Site:
+    if site.query_name is None:  # the root, or left out before
+        return site
+    return dataclasses.replace(
+        site, num_sources=1, query_name=None, gain_name=None, left_out_by=cause
+    )
 
 
 def _left_out(stream: PlannedStream, option: str) -> list[Refusal]:

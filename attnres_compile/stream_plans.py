@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from attnres_compile.config import AttnResConfig
-from attnres_compile.containers import CONTAINERS, runs_all_children
+from attnres_compile.containers import CONTAINERS, asks_for_children
 from attnres_compile.passes.classify_readers import Reader, classify_readers
 from attnres_compile.passes.dataflow import Dataflow, Reads
 from attnres_compile.passes.graph_values import (
@@ -62,7 +62,7 @@ def unusable(
         return Refusal(
             "dynamic-width", "the channel dimension of the stream has no fixed size", *where
         )
-    widths = {shape_of(state.node)[channel] for state in stream.states}
+    widths = {shape_of(state.node)[channel] for state in stream.states if not state.turns}
     if len(widths) > 1:
         return Refusal("reshaped-channel", "the channel dimension is reshaped on the way", *where)
     if len({value_of(state.node).device for state in stream.states}) > 1:
@@ -145,15 +145,18 @@ def owner_calls(
 def _is_residual_inside(
     stream: ResidualStream, owner: ModuleCall, view: Dataflow, reads: Reads
 ) -> bool:
-    """Whether branches depend on their root by paths that the owner sees when it runs alone.
+    """Whether the owner sees, when it runs alone, what makes the additions a stream.
 
-    In a U-net the skip and the upsampled states may both come to the decoder as arguments; that one
-    is made of the other shows only where the encoder is called too.
+    These are absorbed additions, and the paths by which branches depend on their root. In a U-net
+    the skip and the upsampled states may both come to the decoder as arguments; that one is made of
+    the other shows only where the encoder is called too.
     """
     if not owner.call:
         return True
     root_of: dict[fx.Node, fx.Node] = {}
-    for addition in filter(None, (state.addition for state in stream.states)):
+    for addition in stream.chain:
+        if not _is_inside(addition.node, owner):  # absorbed before or after the owner's call
+            return False
         root_of[addition.node] = root_of.get(addition.previous, addition.previous)
     bit = {root: 1 << index for index, root in enumerate(dict.fromkeys(root_of.values()))}
     reached: dict[fx.Node, int] = dict.fromkeys(view.order, 0)
@@ -193,7 +196,7 @@ def _possible_owners(stream: ResidualStream, model: nn.Module) -> list[ModuleCal
 
 
 def _may_hold_parameters(module: nn.Module) -> bool:
-    return not isinstance(module, CONTAINERS) and not runs_all_children(module)
+    return not isinstance(module, CONTAINERS) and not asks_for_children(type(module))
 
 
 def _calls_by_path(view: Dataflow) -> dict[str, set[str]]:
@@ -252,7 +255,7 @@ def _grouped(
 
 
 def _describe_root(stream: ResidualStream) -> str:
-    made_by = stream.additions[0].previous
+    made_by = stream.chain[0].previous
     if made_by.op == "placeholder":
         return "the input"
     return module_path(made_by) or operation(made_by)

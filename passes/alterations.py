@@ -44,18 +44,21 @@ def alteration_between(
     """The alteration that makes the value `end` of the value `source`.
 
     None where `end` does not depend on `source`, or not by operations that keep every element in
-    its place, or where an inner value that is no value of the carrier is read by others; nor of
-    the several results of an operator.
+    its place, or where an inner value that is no value of the carrier is read by others, or where
+    the carrier is detached (gradients would go round that); nor of the several results of an
+    operator.
     """
     if end is source:  # which may be a write in place that gives no value of its own
         return Alteration(source, (), ())
     if not is_tensor(source):
         return None
     nodes = _nodes_between(view, source, end)
-    if not nodes or not all(map(keeps_form, nodes)):
+    if not nodes or not all(map(keeps_form, nodes)) or not reads.turns.isdisjoint(nodes):
         return None
     values = [node for node in nodes if reads.origin(node) is node]
     cuts = _cuts(reads, source, values)
+    if any(ops.operation(cut) == "detach" for cut in cuts):
+        return None
     inner = {*nodes}
     for value in values:
         if value not in cuts and any(read.user not in inner for read in reads.of(value)):
@@ -77,12 +80,14 @@ def keeps_form(node: fx.Node) -> bool:
     return name not in ops.REARRANGEMENTS and ops.is_elementwise(node)
 
 
-def walk_up_alterations(node: fx.Node, reads: Reads) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """From a skip operand back over scalings, dropout, narrowing casts and slices.
+def walk_up_alterations(
+    operand: fx.Node, user: fx.Node, reads: Reads
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """From the skip operand of an addition back over scalings, dropout, narrowing casts, slices...
 
-    Yields each altering node with the value that it is applied to.
+    Yields each altering node, which may be a write in place, with the value it is applied to.
     """
-    current = reads.origin(node)
+    current = reads.value_read(operand, user)
     for _ in range(LONGEST_INTERRUPTION):
         source = _altered(current)
         if source is None:
@@ -103,14 +108,19 @@ def is_scale(node: fx.Node) -> bool:
 
 
 def scales_operand(node: fx.Node, operand: fx.Node) -> bool:
-    """Whether the addition multiplies this operand: ``torch.add(branch, skip, alpha=0.5)``."""
+    """Whether the addition multiplies this operand: ``torch.add(branch, skip, alpha=0.5)``.
+
+    Or negates it: ``branch - skip``.
+    """
     second = operand is ops.operands(node)[1]
-    return second and ops.operation(node) == "add" and ops.argument(node, 2, "alpha", 1) != 1
+    name, factor = ops.operation(node), ops.argument(node, 2, "alpha", 1)
+    return second and (name == "sub" or (name == "add" and factor != 1))
 
 
 def largest_part(node: fx.Node) -> fx.Node | None:
-    """Where most of the elements of a slice, concatenation or transposition come from."""
+    """Where most of the elements come from that an operation puts together; from no weights."""
     parts = ops.value_arguments(node)
+    parts = [part for part in parts if not ops.is_constant(part)] or parts
     return max(parts, key=num_elements) if parts else None
 
 
@@ -190,14 +200,14 @@ def _values_used(reads: Reads, node: fx.Node) -> list[fx.Node]:
 
 
 def _altered(node: fx.Node) -> fx.Node | None:
-    """What a scaling by constants, dropout, a narrowing cast or a rearrangement is applied to."""
+    """What a constant scale, dropout, a cast, a detachment or a rearrangement is applied to."""
     name = ops.operation(node)
     if name in ops.REARRANGEMENTS:
         return largest_part(node)
     operands = ops.operands(node)
-    if name in ops.DROPOUTS or (name in ops.CASTS and operands):
+    if name in ops.DROPOUTS | {"detach"} or (name in ops.CASTS and operands):
         return operands[0]
-    if name not in ("mul", "div"):
+    if name not in ("mul", "div", "neg"):
         return None  # also of what gives no value, as `x[i] = y` does
     same = [operand for operand in operands if shape_of(operand) == shape_of(node)]
     if len(same) != 1:

@@ -24,7 +24,7 @@ from heapq import heappop, heappush
 from torch import fx
 
 from attnres_compile.passes import operations as ops
-from attnres_compile.passes.dataflow import Read
+from attnres_compile.passes.dataflow import Dataflow, Read
 from attnres_compile.passes.graph_values import is_tensor, module_path, shape_of, source_line
 from attnres_compile.passes.streams import ResidualStream, State
 
@@ -88,8 +88,11 @@ def channel_dimension(stream: ResidualStream) -> int | None:
     """
     rank = len(shape_of(stream.states[0].node))
     votes: Counter[int] = Counter()
+    turns = {turn for state in stream.states for turn in state.turns}
     for state in stream.states:
-        votes.update(_votes_of_readers(state, rank))
+        if state.turns:
+            continue  # what lies in another layout than the root counts its dimensions otherwise
+        votes.update(_votes_of_readers(state, rank, turns))
         if state.addition is not None:
             votes.update(_votes_of_branch(state, rank))
     last, first = votes[rank - 1], votes[1]
@@ -204,10 +207,11 @@ def _degree_of_sum(node: fx.Node, inputs: list[Fraction]) -> Fraction | None:
     return inputs[0] if all(degree == inputs[0] for degree in inputs) else None
 
 
-def _votes_of_readers(state: State, rank: int) -> list[int]:
+def _votes_of_readers(state: State, rank: int, turns: set[fx.Node]) -> list[int]:
     votes = []
     for read in state.reads:
-        if len(shape_of(read.operand)) == rank:
+        in_layout = turns.isdisjoint(Dataflow.path_to_origin(read.operand))
+        if in_layout and len(shape_of(read.operand)) == rank:
             votes += _vote_forward(read.user, read.operand, tuple(range(rank)))
     return votes
 

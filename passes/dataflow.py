@@ -16,6 +16,7 @@ import networkx as nx
 from torch import fx
 
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.concatenations import concatenated_part
 from attnres_compile.passes.graph_values import is_tensor
 
 
@@ -51,19 +52,19 @@ class Dataflow:
         """The node whose value `node` carries unchanged: up through copies, widening casts, views.
 
         Views count only where the element order is the origin's: reshapes do, transpositions do
-        once they are undone.
+        once they are undone. A slice that is a part of a concatenation carries that part's value.
         """
         return self.path_to_origin(node)[-1]
 
     @staticmethod
-    def path_to_origin(node: fx.Node) -> list[fx.Node]:
-        """The nodes from `node` up to its origin."""
+    def path_to_origin(node: fx.Node, turns: frozenset[fx.Node] = frozenset()) -> list[fx.Node]:
+        """The nodes from `node` up to its origin, where these transpositions are seen through."""
         path = [node]
         length = 1  # of the path up to where every transposition is undone
         order: tuple[int, ...] | None = None  # pending permutation of the current node's dimensions
-        while (step := _step_up(path[-1], order)) is not None:
-            above, order = step
-            path.append(above)
+        while (step := _step_up(path[-1], order, turns)) is not None:
+            passed, order = step
+            path += passed
             if order is None or order == tuple(range(len(order))):
                 length, order = len(path), None
         return path[:length]
@@ -144,10 +145,15 @@ class Read:
 
 
 class Reads:
-    """Who reads which value, with in-place writes taken into account."""
+    """Who reads which value, with in-place writes taken into account.
 
-    def __init__(self, view: Dataflow) -> None:
+    Attributes:
+        turns: transpositions that carry a state on to another layout (see `layouts`).
+    """
+
+    def __init__(self, view: Dataflow, turns: frozenset[fx.Node] = frozenset()) -> None:
         self._view = view
+        self.turns = turns
         self._paths: dict[fx.Node, list[fx.Node]] = {}
         self._by_value: dict[fx.Node, list[Read]] = defaultdict(list)
         for user in view.order:
@@ -171,9 +177,13 @@ class Reads:
             user = node
         return path[-1]
 
+    def turns_above(self, node: fx.Node) -> list[fx.Node]:
+        """The turns between the origin of a node and itself."""
+        return [each for each in reversed(self._path(node)) if each in self.turns]
+
     def _path(self, node: fx.Node) -> list[fx.Node]:
         if node not in self._paths:
-            self._paths[node] = self._view.path_to_origin(node)
+            self._paths[node] = self._view.path_to_origin(node, self.turns)
         return self._paths[node]
 
     def of(self, value: fx.Node) -> list[Read]:
@@ -186,18 +196,23 @@ class Reads:
 
 
 def _step_up(
-    node: fx.Node, order: tuple[int, ...] | None
-) -> tuple[fx.Node, tuple[int, ...] | None] | None:
+    node: fx.Node, order: tuple[int, ...] | None, turns: frozenset[fx.Node]
+) -> tuple[list[fx.Node], tuple[int, ...] | None] | None:
     """One transparent step towards the origin; None where the value is made here."""
     arguments = ops.tensor_arguments(node)
-    if not arguments or not is_tensor(node) or ops.writes_into(node) is not None:
+    if not is_tensor(node) or ops.writes_into(node) is not None:
+        return None
+    part = concatenated_part(node)
+    if part is not None:
+        return (part, None) if order is None else None
+    if not arguments:
         return None
     source = arguments[0]
     if ops.is_value_preserving(node):
-        return source, order
-    if ops.is_reshape(node):
-        return (source, None) if order is None else None
+        return [source], order
+    if ops.is_reshape(node) or (node in turns and order is None):
+        return ([source], None) if order is None else None
     moved = ops.permutation(node)
     if moved is None:
         return None
-    return source, moved if order is None else tuple(moved[position] for position in order)
+    return [source], moved if order is None else tuple(moved[position] for position in order)

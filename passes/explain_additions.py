@@ -91,8 +91,8 @@ def _explain_others(
     reads = Reads(view)
     root_of = {}
     for stream in streams:
-        (first, *_) = (state.addition for state in stream.states if state.addition is not None)
-        root_of.update({state.node: first.previous for state in stream.states[1:]})
+        start = stream.chain[0].previous
+        root_of.update({state.node: start for state in stream.states[1:]})
 
     def root(value: fx.Node) -> fx.Node:
         return root_of.get(value, value)
@@ -109,9 +109,20 @@ def _explain_others(
                 rest = [value for value in pairs[node] if value is not skip]
                 depends = depends or any(any_path[value] & bit[root(skip)] for value in rest)
                 mixes = mixes or any(mixing_path[value] & bit[root(skip)] for value in rest)
-            rule, reason = _reason_of_dependence(node, depends=depends, mixes=mixes)
+            first, *others = pairs[node]
+            added = any(mixing_path[value] & bit[root(first)] for value in others)
+            if mixes and not added and ops.operation(node) == "sub":
+                rule, reason = _SUBTRACTION
+            else:
+                rule, reason = _reason_of_dependence(node, depends=depends, mixes=mixes)
         told[node] = _told(node, "none", rule, reason)
     return told
+
+
+_SUBTRACTION = (
+    "subtraction",
+    "it subtracts what the other operand is computed from, f(x) - x, and adds nothing to that",
+)
 
 
 def _simple_reason(node: fx.Node) -> tuple[str, str] | None:

@@ -34,9 +34,17 @@ _REASONS = {
     "floating point",
     "scaled-carrier": "the carrier is scaled between residual additions, so block sums do not add "
     "up to it",
+    "subtracted-skip": "the skip is subtracted from the branch, f(x) - x, so block sums do not add "
+    "up to the state; x - f(x) is a residual addition",
+    "gated-skip": "the skip is multiplied by a gate that is computed from the data, so block sums "
+    "do not add up to the state; with the gate on the branch, x + g(x) * f(x), they do",
     "rearranged-carrier": "the carrier is sliced, concatenated or transposed between residual "
     "additions, so block sums do not have its shape; do that before or after the stream",
+    "detached-carrier": "the carrier is detached between residual additions, and mixes would pass "
+    "gradients round that; let gradients through, or detach what the stream starts from",
     "fused-addition": "the residual addition is fused into another operator; write it as x + f(x)",
+    "skip-as-factor": "the skip is a factor of the branch in the same operator, where it cannot be "
+    "the state and read the mix at once; write it as x + x * f(x)",
     "changed-carrier": "the carrier is changed between residual additions, so block sums do not "
     "add up to it",
     "several-streams": "the model carries several residual streams at once and mixes them by a "
@@ -66,6 +74,7 @@ def offer_deltas(
 def explain_short_chains(
     reads: Reads,
     chains: Sequence[Sequence[Addition]],
+    everything: Sequence[Sequence[Addition]],
     altered: Iterable[fx.Node],
     *,
     delta_sources: bool,
@@ -73,7 +82,8 @@ def explain_short_chains(
     """Why chains of fewer than two sublayers are no streams: what interrupts the carrier.
 
     It may lie between two chains, or between one and an addition whose skip is `altered`. With
-    `delta_sources` an activation before and after is no reason any more.
+    `delta_sources` an activation before and after is no reason any more. What else lies between one
+    and another chain of `everything`, long ones too, is told beside the reason.
     """
     ends: dict[fx.Node, int | None] = dict.fromkeys(altered)
     ends |= {chain[-1].node: position for position, chain in enumerate(chains)}
@@ -87,11 +97,36 @@ def explain_short_chains(
                 kinds[before] = kinds[position]
         elif not delta_sources and _stands_between_activations(chain, reads):
             kinds.setdefault(position, "post-activation")
+    breaks = _breaks(reads, everything)
     refused: dict[fx.Node, Refusal] = {}
     for position, chain in enumerate(chains):
         kind = kinds.get(position, "single-sublayer")
-        refused |= {step.node: _refusal(step.node, kind) for step in chain if step.is_residual}
+        cause = breaks.get(chain[-1].node) if kind == "single-sublayer" else None
+        for step in filter(lambda step: step.is_residual, chain):
+            refusal = _refusal(step.node, kind)
+            refused[step.node] = refusal if cause is None else _with_cause(refusal, cause)
     return refused
+
+
+def _breaks(reads: Reads, chains: Sequence[Sequence[Addition]]) -> dict[fx.Node, fx.Node]:
+    """What comes between one chain and the next, by the last addition of either."""
+    ends = {chain[-1].node for chain in chains}
+    found: dict[fx.Node, fx.Node] = {}
+    for chain in chains:
+        crossed, end = _walk_up_to_state(chain[0].previous, reads, ends, over_anything=True)
+        if end is None:
+            continue
+        changes = [n for n in crossed if not (ops.is_value_preserving(n) or ops.is_reshape(n))]
+        for node in (end, chain[-1].node):
+            if changes:
+                found.setdefault(node, changes[-1])
+    return found
+
+
+def _with_cause(refusal: Refusal, cause: fx.Node) -> Refusal:
+    line = source_line(cause) or "an unknown line"
+    between = f"{ops.operation(cause)!r} on the carrier at {line}"
+    return replace(refusal, reason=f"{refusal.reason}; {between} cuts it off from other additions")
 
 
 def explain_altered_skips(
@@ -109,6 +144,11 @@ def explain_altered_skips(
     bit, _, projected = view.dependency_masks(sources, mixes=ops.is_projection)
     kinds = {skip.node: skip.kind for skip in altered if projected[skip.branch] & bit[skip.source]}
     return {node: _refusal(node, kind) for node, kind in kinds.items()}
+
+
+def explain_own_factors(additions: Iterable[Addition]) -> dict[fx.Node, Refusal]:
+    """Of ``torch.addcmul(x, x, f(x))`` as a residual addition: one operand is skip and branch."""
+    return {a.node: _refusal(a.node, "skip-as-factor") for a in additions if a.skip in a.branch}
 
 
 def explain_fused_additions(view: Dataflow, reads: Reads) -> list[Refusal]:
@@ -209,12 +249,28 @@ def _altered_skips(node: fx.Node, reads: Reads) -> list[_AlteredSkip]:
         return []
     found = []
     for skip, branch in (operands, operands[::-1]):
-        steps = list(walk_up_alterations(skip, reads))
+        steps = list(walk_up_alterations(skip, node, reads))
         if steps or scales_operand(node, skip):
-            kind = _interruption([step for step, _ in steps]) if steps else "scaled-carrier"
-            source = steps[-1][1] if steps else reads.origin(skip)
+            negated = "subtracted-skip" if ops.operation(node) == "sub" else "scaled-carrier"
+            kind = _interruption([step for step, _ in steps]) if steps else negated
+            source = steps[-1][1] if steps else reads.value_read(skip, node)
             found.append(_AlteredSkip(node, source, reads.value_read(branch, node), kind))
+        for source in _gated(reads.value_read(skip, node), reads):
+            read = reads.value_read(branch, node)
+            found.append(_AlteredSkip(node, source, read, "gated-skip"))
     return found
+
+
+def _gated(product: fx.Node, reads: Reads) -> list[fx.Node]:
+    """The factors behind a gate of the data: of the product's shape, the other one no constant."""
+    factors = ops.operands(product) if ops.operation(product) == "mul" else []
+    if len(factors) != 2:
+        return []
+    return [
+        reads.value_read(factor, product)
+        for factor, gate in (factors, factors[::-1])
+        if shape_of(factor) == shape_of(product) and not is_scale(gate)
+    ]
 
 
 def _stands_between_activations(chain: Sequence[Addition], reads: Reads) -> bool:
@@ -230,11 +286,12 @@ def _stands_between_activations(chain: Sequence[Addition], reads: Reads) -> bool
 
 
 def _walk_up_to_state(
-    node: fx.Node, reads: Reads, ends: Container[fx.Node]
+    node: fx.Node, reads: Reads, ends: Container[fx.Node], *, over_anything: bool = False
 ) -> tuple[list[fx.Node], fx.Node | None]:
     """From a root back to the end of a chain.
 
-    Over element-wise nodes and norms of one shape, and over what slices, joins or turns that.
+    Over element-wise nodes and norms of one shape, and over what slices, joins or turns that; or
+    over any operation on a value.
     """
     crossed: list[fx.Node] = []
     current = node
@@ -242,10 +299,11 @@ def _walk_up_to_state(
         if reads.origin(current) in ends:
             return crossed, reads.origin(current)
         rearranged = ops.operation(current) in ops.REARRANGEMENTS
-        if not (rearranged or ops.is_elementwise(current) or ops.operation(current) in ops.NORMS):
+        changed = not (ops.is_elementwise(current) or ops.operation(current) in ops.NORMS)
+        if changed and not (rearranged or over_anything):
             return crossed, None
         crossed.append(current)
-        source = largest_part(current) if rearranged else None
+        source = largest_part(current) if rearranged or changed else None
         if source is not None:
             current = source
             continue
@@ -258,6 +316,8 @@ def _walk_up_to_state(
 
 def _interruption(crossed: list[fx.Node]) -> str:
     names = {ops.operation(node) for node in crossed}
+    if "detach" in names:  # which ends the streams of deltas too
+        return "detached-carrier"
     if names & ops.NORMS or any(_multiplies_by_statistic(node) for node in crossed):
         return "post-norm"
     if names & ops.CLAMPS:
@@ -270,7 +330,7 @@ def _interruption(crossed: list[fx.Node]) -> str:
         return "quantised-carrier"
     if any(ops.operation(n) in ops.CASTS and not ops.is_value_preserving(n) for n in crossed):
         return "narrowing-cast"
-    if names & {"mul", "div"}:
+    if names & {"mul", "div", "neg"}:
         return "scaled-carrier"
     return "rearranged-carrier" if names & ops.REARRANGEMENTS else "changed-carrier"
 

@@ -77,6 +77,7 @@ class DeltaChains:
         scaled = any(scales_operand(a.node, a.skip) for a in chain)
         if not scaled and not any(alteration.nodes for alteration in alterations):
             return None
+        assert not any(self.reads.turns_above(a.skip) for a in chain[1:]), "only plain chains turn"
         first = chain[0]
         at_root = self.reads.value_read(first.skip, first.node) is first.previous
         states = [State(first.skip if at_root else first.previous, 0, (), None)]
@@ -91,8 +92,7 @@ class DeltaChains:
 
     def passed(self, stream: ResidualStream) -> set[fx.Node]:
         """The nodes between the additions of a stream."""
-        additions = [state.addition for state in stream.states if state.addition is not None]
-        return {node for a in additions for node in self._alteration_before(a).nodes}
+        return {node for a in stream.chain for node in self._alteration_before(a).nodes}
 
     def _scaled(self, candidates: Sequence[fx.Node]) -> dict[fx.Node, Addition]:
         """Rule 1."""
@@ -118,7 +118,7 @@ class DeltaChains:
                 for addition in additions
                 if any(
                     projected[self.reads.value_read(part, node)] & bit[root(addition.previous)]
-                    and not self._ends_in(part, {*found, *self.accepted})
+                    and not self._ends_in(part, node, {*found, *self.accepted})
                     for part in addition.branch
                 )
                 and self._alteration(addition) is not None
@@ -128,9 +128,9 @@ class DeltaChains:
                 found[node] = next(a for a in fitting if a.skip_position == first)
         return found
 
-    def _ends_in(self, part: fx.Node, additions: set[fx.Node]) -> bool:
+    def _ends_in(self, part: fx.Node, user: fx.Node, additions: set[fx.Node]) -> bool:
         """Whether an operand is an addition, scaled: then that goes on, not the other operand."""
-        return any(value in additions for _, value in walk_up_alterations(part, self.reads))
+        return any(value in additions for _, value in walk_up_alterations(part, user, self.reads))
 
     def _skips_above(self, node: fx.Node) -> list[Addition]:
         """Readings of ``g(x) + f(x)``: each operand as the skip, of the values above it."""
@@ -139,7 +139,7 @@ class DeltaChains:
             return []
         found = []
         for position, skip in enumerate(operands):
-            above = [source for _, source in walk_up_alterations(skip, self.reads)]
+            above = [source for _, source in walk_up_alterations(skip, node, self.reads)]
             if scales_operand(node, skip):
                 above.insert(0, self.reads.value_read(skip, node))
             found += [Addition(node, value, position, is_residual=True) for value in above]

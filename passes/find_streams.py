@@ -6,10 +6,12 @@ Rules, in the order they are applied (design vocabulary in brackets):
 2. A candidate is a *residual addition* if its branch depends, through an operation that is not
    element-wise, on the root of the chain its skip operand is a state of. So positional and rotary
    embeddings, masks, biases, GELU's polynomial, low-rank sums and state-space scans are none.
-3. A mid-chain addition of something that does not depend on the chain is *absorbed*.
+3. An addition of something that does not depend on the chain is *absorbed*: mid-chain, and before
+   the first residual addition where that one's branch reads what was there before it.
 4. Where a state has several successors, the one that depends on all others (an outer skip) goes
    on with the chain, or else the longest; the others start streams of their own at that state.
-5. A stream needs two *sublayers*: with one there is nothing to choose from.
+5. A transposition of the carrier is seen through where that joins too short a chain (`layouts`).
+6. A stream needs two *sublayers*: with one there is nothing to choose from.
 
 Nothing is dropped in silence: a residual addition is in a stream or in a `Refusal`.
 """
@@ -17,7 +19,8 @@ Nothing is dropped in silence: a residual addition is in a stream or in a `Refus
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch._ops import HigherOrderOperator
@@ -28,11 +31,13 @@ from attnres_compile.passes.explain_refusals import (
     explain_altered_skips,
     explain_fused_additions,
     explain_mixed_streams,
+    explain_own_factors,
     explain_short_chains,
     offer_deltas,
 )
 from attnres_compile.passes.find_delta_streams import DeltaChains
 from attnres_compile.passes.graph_values import dtype_of, module_path, shape_of, source_line
+from attnres_compile.passes.layouts import Turns, joining_turns, turns_after
 from attnres_compile.passes.streams import (
     Addition,
     Refusal,
@@ -62,37 +67,65 @@ def find_streams(
         The streams in graph order, outer ones before the ones nested in them, and the refusals.
     """
     view = Dataflow.of(graph)
-    reads = Reads(view)
+    found = _find(view, Reads(view), delta_sources, within)
+    turns = joining_turns(view, found.reads, found.plain)
+    if turns:
+        found = _find(view, Reads(view, turns), delta_sources, within)
+    refused = found.refused
+    if refused and not delta_sources:
+        refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
+    others = [*explain_fused_additions(view, found.reads), *_inside_operators(graph)]
+    return StreamAnalysis(tuple(found.streams), (*refused.values(), *others))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found with some turns seen through.
+
+    Attributes:
+        reads: by which values were looked up.
+        streams, refused: the result.
+        plain: all chains without alteration, those too short to be a stream too.
+    """
+
+    reads: Reads
+    streams: list[ResidualStream]
+    refused: dict[fx.Node, Refusal]
+    plain: list[ResidualStream]
+
+
+def _find(
+    view: Dataflow, reads: Reads, delta_sources: bool, within: Callable[[fx.Node], bool]
+) -> _Found:
     candidates = [node for node in view.order if _is_candidate(node)]
     accepted = _accepted_additions(view, reads, candidates)
+    refused = explain_own_factors(accepted.values())
+    accepted = {node: addition for node, addition in accepted.items() if node not in refused}
     deltas = DeltaChains(view, reads, accepted, within)
     additions = deltas.linked(candidates) if delta_sources else list(accepted.values())
     chains = _split_into_chains(view, additions)
     if delta_sources:
         chains = _outer_first(view, [deltas.at_own_root(chain) for chain in chains])
     streams: list[ResidualStream] = []
+    plain: list[ResidualStream] = []
     short: list[list[Addition]] = []
-    refused: dict[fx.Node, Refusal] = {}
     for chain in chains:
         delta = deltas.stream_of(chain) if delta_sources else None
         stream = _stream_of(chain, reads) if delta is None else delta
-        written = _overwritten_source(view, reads, stream)
+        plain += [stream] if delta is None and stream.sublayers else []
         if len(stream.sublayers) < 2:
             short.append(chain)
-        elif written is not None:
+        elif (written := _overwritten_source(view, reads, stream)) is not None:
             refused |= {a.node: _overwritten_refusal(a, written) for a in stream.additions}
         else:
             streams.append(stream)
     known = {addition.node for addition in additions}
     known |= {node for s in streams if s.deltas for node in deltas.passed(s)}
     altered = explain_altered_skips(view, reads, [n for n in candidates if n not in known])
-    refused |= explain_short_chains(reads, short, altered, delta_sources=delta_sources)
+    refused |= explain_short_chains(reads, short, chains, altered, delta_sources=delta_sources)
     refused |= altered
     refused |= explain_mixed_streams(view, reads, [n for n in candidates if n not in known])
-    if refused and not delta_sources:
-        refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
-    others = [*explain_fused_additions(view, reads), *_inside_operators(graph)]
-    return StreamAnalysis(tuple(streams), (*refused.values(), *others))
+    return _Found(reads, streams, refused, plain)
 
 
 def _inside_operators(graph: fx.Graph) -> list[Refusal]:
@@ -133,32 +166,67 @@ def _accepted_additions(
     bit, any_path, mixing_path = view.dependency_masks(roots)
     accepted: dict[fx.Node, Addition] = {}
     root_of: dict[fx.Node, fx.Node] = {}
+    beside: dict[fx.Node, list[Addition]] = {}  # such as x + t, where no chain is known at x so far
 
     def root(value: fx.Node) -> fx.Node:
         return root_of.get(value, value)
 
+    def from_the_side(addition: Addition, state: Addition) -> bool:
+        """Whether the skip is a value that only came to the chain of the other operand later."""
+        other, start = addition.previous, root(state.previous)
+        return other not in accepted and other is not start and not any_path[start] & bit[other]
+
     for node in candidates:
-        options = []
+        residual: list[Addition] = []
+        absorbed: list[Addition] = []
+        late: list[list[Addition]] = []  # each with what was added from the side before it
+        beside[node] = []
         for position in _skip_positions(node):
             operands = ops.operands(node)
             previous = reads.value_read(operands.pop(position), node)
-            chain_bit = bit[root(previous)]
             depends = [reads.value_read(part, node) for part in operands]
-            residual = any(mixing_path[part] & chain_bit for part in depends)
-            independent = not any(any_path[part] & chain_bit for part in depends)
             whole = any(shape_of(part) == shape_of(node) for part in operands)
-            if residual and whole:
-                options.append(Addition(node, previous, position, is_residual=True))
-            elif independent and previous in accepted:
-                options.append(Addition(node, previous, position, is_residual=False))
-        if not options:
-            continue
-        # An outer skip is the operand that was made first; what independent sums mean is settled
-        # by the residual reading where there is one.
-        chosen = min(options, key=lambda a: (not a.is_residual, view.order[a.previous]))
-        accepted[node] = chosen
-        root_of[node] = root(chosen.previous)
-    return accepted
+            mixed = any(mixing_path[part] & bit[root(previous)] for part in depends)
+            addition = Addition(node, previous, position, is_residual=mixed and whole)
+            if addition.is_residual:
+                residual.append(addition)
+            elif not any(any_path[part] & bit[root(previous)] for part in depends):
+                (absorbed if previous in accepted else beside[node]).append(addition)
+                passed = _side_additions(previous, beside)
+                late += [
+                    [replace(addition, is_residual=True), *way]
+                    for value, way in passed.items()
+                    if whole and any(mixing_path[part] & bit[root(value)] for part in depends)
+                ]
+        # What independent sums mean is settled by the residual reading where there is one.
+        if absorbed and all(from_the_side(addition, absorbed[0]) for addition in residual):
+            chosen = absorbed[:1]
+        elif residual:  # An outer skip is the operand that was made first.
+            chosen = [min(residual, key=lambda addition: view.order[addition.previous])]
+        else:
+            chosen = min(late, key=len, default=[])
+        for addition in reversed(chosen):
+            accepted[addition.node] = addition
+            root_of[addition.node] = root(addition.previous)
+    return dict(sorted(accepted.items(), key=lambda item: view.order[item[0]]))
+
+
+def _side_additions(
+    value: fx.Node, beside: Mapping[fx.Node, Sequence[Addition]]
+) -> dict[fx.Node, list[Addition]]:
+    """What a value was before something was added from the side; with these additions, last first.
+
+    In ``(x + t) + f(x)`` the branch does not depend on ``x + t``, but on what that was before.
+    """
+    found: dict[fx.Node, list[Addition]] = {value: []}
+    pending = [value]
+    for current in pending:
+        for addition in beside.get(current, ()):
+            if addition.previous not in found:
+                found[addition.previous] = [*found[current], addition]
+                pending.append(addition.previous)
+    del found[value]
+    return found
 
 
 def _is_candidate(node: fx.Node) -> bool:
@@ -233,11 +301,14 @@ def _stream_of(chain: list[Addition], reads: Reads) -> ResidualStream:
     """States with their reads; trailing additions that nothing reads are left out."""
     states = [State(chain[0].skip, 0, _reads_of(chain[0].previous, chain[0], reads), None)]
     depth = 0
+    turns: Turns = ()
     for position, addition in enumerate(chain):
         depth += int(addition.is_residual)
+        if position > 0:
+            turns = turns_after(turns, reads.turns_above(addition.skip))
         successor = chain[position + 1] if position + 1 < len(chain) else None
         found = _reads_of(addition.node, successor, reads)
-        states.append(State(addition.node, depth, found, addition))
+        states.append(State(addition.node, depth, found, addition, turns=turns))
     while len(states) > 1 and not states[-1].reads:
         states.pop()
     return ResidualStream(tuple(states), sublayers_of(states))
@@ -263,8 +334,7 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
     """
     if stream.deltas:
         return _overwritten_state(view, stream) or _state_read_through_view(reads, stream)
-    first = stream.states[1].addition
-    assert first is not None
+    first = stream.chain[0]
     # What was written before the stream starts is a part of its root.
     writes = view.writes_between(first.skip, start=first.previous)
     for state in stream.states[1:]:
@@ -281,7 +351,7 @@ def _overwritten_source(view: Dataflow, reads: Reads, stream: ResidualStream) ->
 def _overwritten_state(view: Dataflow, stream: ResidualStream) -> fx.Node | None:
     """A write into a state that later differences are taken from: the root, or one that is read."""
     root = stream.states[0].node
-    start = stream.additions[0].previous if stream.additions else root
+    start = stream.chain[0].previous if stream.chain else root
     writes = view.writes_between(root, start=max(root, start))
     for state in stream.states[1:]:
         if state.reads:

@@ -20,6 +20,7 @@ from onnx import helper
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_values import dtype_of, shape_of
+from attnres_compile.passes.layouts import inverse, order_of, turned
 from attnres_compile.passes.onnx_graphs import all_nodes, read_values
 from attnres_compile.passes.onnx_mix import mix_attributes, mix_node
 from attnres_compile.passes.onnx_view import DTYPES, OnnxView
@@ -134,7 +135,7 @@ class _StreamWriter:
         assert addition is not None
         self._nodes = []
         name = self._view.names[state.node]
-        branch = self._branch(addition)
+        branch = self._branch(state, addition)
         self._partial = branch if self._partial is None else self._add(self._partial, branch)
         self._open_additions += int(addition.is_residual)
         self._rewrite.carriers.update(
@@ -157,7 +158,7 @@ class _StreamWriter:
             self._completed.append(self._partial)
             self._partial = None
 
-    def _branch(self, addition: Addition) -> _Value:
+    def _branch(self, state: State, addition: Addition) -> _Value:
         """What the addition adds, in the root's layout."""
         (node,) = addition.branch
         branch = _Value(self._view.names[node], ELEMENTS[dtype_of(node)])
@@ -165,7 +166,10 @@ class _StreamWriter:
             branch = self._emit("Neg", branch)
         if shape_of(node) != shape_of(addition.node):
             branch = self._like("Expand", branch, self._view.names[addition.skip])
-        if shape_of(addition.node) != shape_of(self._root_node):
+        for turn in reversed(state.turns):
+            branch = self._like("Reshape", branch, self._view.names[turn])
+            branch = self._turn(branch, inverse(order_of(turn)))
+        if state.turns or shape_of(addition.node) != shape_of(self._root_node):
             branch = self._like("Reshape", branch, self._root.name)
         return branch
 
@@ -175,7 +179,7 @@ class _StreamWriter:
             sources.append(self._partial)
         element = ELEMENTS[dtype_of(state.node)]
         query, gain = self._parameters[position]
-        moved = shape_of(self._root_node) != shape_of(state.node)
+        moved = bool(state.turns) or shape_of(self._root_node) != shape_of(state.node)
         node = mix_node(
             [self._cast(source, element).name for source in sources],
             query,
@@ -195,8 +199,11 @@ class _StreamWriter:
         self._rewrite.arities.add(len(sources))
         if moved:
             assert state.addition is not None
-            skip = self._view.names[state.addition.skip]
-            self._like("Reshape", _Value(node.output[0], element), skip, name)
+            mixed = _Value(node.output[0], element)
+            for turn in state.turns:
+                mixed = self._like("Reshape", mixed, self._view.names[turned(turn)])
+                mixed = self._turn(mixed, order_of(turn))
+            self._like("Reshape", mixed, self._view.names[state.addition.skip], name)
 
     def _add(self, left: _Value, right: _Value) -> _Value:
         return self._emit("Add", self._cast(left, right.element), right)
@@ -215,6 +222,11 @@ class _StreamWriter:
         made = output or self._name(kind.lower())
         self._nodes.append(helper.make_node(kind, [value.name, shape], [made]))
         return _Value(made, value.element)
+
+    def _turn(self, value: _Value, order: tuple[int, ...]) -> _Value:
+        output = self._name("transpose")
+        self._nodes.append(helper.make_node("Transpose", [value.name], [output], perm=order))
+        return _Value(output, value.element)
 
     def _emit(self, kind: str, *values: _Value) -> _Value:
         output = self._name({"Add": "partial", "Neg": "branch"}[kind])

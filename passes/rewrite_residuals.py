@@ -21,8 +21,10 @@ from torch import fx
 from attnres_compile.errors import MismatchError
 from attnres_compile.kernels import ops as kernel_ops  # noqa: F401  registers attnres::mix
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.concatenations import concatenated_part
 from attnres_compile.passes.graph_editor import Editor
 from attnres_compile.passes.graph_values import dtype_of, shape_of, source_line
+from attnres_compile.passes.layouts import inverse, order_of, turned
 from attnres_compile.passes.streams import Addition, ResidualStream, State
 
 aten = torch.ops.aten
@@ -109,7 +111,7 @@ class _StreamWriter:
         assert state.addition is not None
         with self._graph.inserting_before(state.node):
             edit = Editor(self._graph, state.node)
-            branch = self._branch(edit, state.addition)
+            branch = self._branch(edit, state, state.addition)
             self._partial = branch if self._partial is None else edit.add(self._partial, branch)
             self._not_in_plain.append(branch)
             self._open_additions += int(state.addition.is_residual)
@@ -134,15 +136,16 @@ class _StreamWriter:
             self._completed.append(self._partial)
             self._partial = None
 
-    def _branch(self, edit: Editor, addition: Addition) -> fx.Node:
+    def _branch(self, edit: Editor, state: State, addition: Addition) -> fx.Node:
         """What the addition adds, in the root's layout and the state's dtype."""
         branch = _branch_operand(edit, addition)
         if shape_of(branch) != shape_of(addition.node):
             branch = edit.call(aten.expand_as.default, branch, addition.skip)
         branch = edit.cast(branch, dtype_of(addition.node))
-        if shape_of(branch) != shape_of(self._root):
-            branch = edit.call(aten.reshape_as.default, branch, self._root)
-        return branch
+        for turn in reversed(state.turns):
+            branch = _like(edit, branch, turn)
+            branch = edit.call(aten.permute.default, branch, inverse(order_of(turn)))
+        return _like(edit, branch, self._root)
 
     def _mix(self, edit: Editor, position: int, state: State) -> fx.Node:
         sources = [self._root, *self._completed]
@@ -163,11 +166,17 @@ class _StreamWriter:
 
 
 def _in_layout_of(edit: Editor, value: fx.Node, state: State) -> fx.Node:
-    """A value in the root's shape, in the shape that the readers of a state expect."""
-    if shape_of(value) == shape_of(state.node):
-        return value
+    """A value in the root's layout, in the one that the readers of a state expect."""
     assert state.addition is not None
-    return edit.call(aten.reshape_as.default, value, state.addition.skip)
+    for turn in state.turns:
+        value = _like(edit, value, turned(turn))
+        value = edit.call(aten.permute.default, value, order_of(turn))
+    return _like(edit, value, state.addition.skip)
+
+
+def _like(edit: Editor, value: fx.Node, other: fx.Node) -> fx.Node:
+    same = shape_of(value) == shape_of(other)
+    return value if same else edit.call(aten.reshape_as.default, value, other)
 
 
 def write_mix(
@@ -234,13 +243,16 @@ def _erase_dead(graph: fx.Graph, additions: list[fx.Node]) -> None:
         pending = [addition]
         while pending:
             node = pending.pop()
-            if node.users or not (node is addition or _is_plain_copy(node)):
+            if node.users or not (node is addition or _only_carries(node)):
                 continue
             pending += node.all_input_nodes
             graph.erase_node(node)
 
 
-def _is_plain_copy(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and (
-        ops.is_value_preserving(node) or ops.is_reshape(node)
-    )
+def _only_carries(node: fx.Node) -> bool:
+    """A copy or view, or a part taken from a concatenation: it computes nothing."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if ops.is_value_preserving(node) or ops.is_reshape(node) or ops.permutation(node) is not None:
+        return True
+    return concatenated_part(node) is not None

@@ -51,6 +51,7 @@ class State:
         addition: the addition that made it; None for the root, and in a stream of `deltas` for
             what an alteration made of the state before.
         carries: in a stream of `deltas`, the uses that lead to the next state.
+        turns: the transpositions that make its layout of the root's, in order (see `layouts`).
     """
 
     node: fx.Node
@@ -58,6 +59,7 @@ class State:
     reads: tuple[Read, ...]
     addition: Addition | None
     carries: tuple[Read, ...] = ()
+    turns: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class ResidualStream:
     def additions(self) -> tuple[Addition, ...]:
         """The residual additions, without the absorbed ones."""
         return tuple(addition for sublayer in self.sublayers for addition in sublayer)
+
+    @property
+    def chain(self) -> tuple[Addition, ...]:
+        """All additions, the absorbed ones too."""
+        return tuple(state.addition for state in self.states if state.addition is not None)
 
     @property
     def sites(self) -> tuple[State, ...]:

@@ -184,6 +184,27 @@ def gated_skips(model: GatedSkips, mixing: Mixing, x: Tensor) -> dict[str, Tenso
     return {"": model.norm(stream.read())}
 
 
+class Subtracted(nn.Module):
+    """``y = f(y) - y``: the state changes its sign at every addition."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = torch.tanh(layer(self.norm(y))) - y
+        return self.norm(y)
+
+
+def subtracted(model: Subtracted, mixing: Mixing, x: Tensor) -> dict[str, Tensor]:
+    stream = DeltaMixer(OracleStream("stream", x.shape[-1], len(model.layers), 1), x, mixing)
+    for layer in model.layers:
+        stream.becomes(torch.tanh(layer(model.norm(stream.read()))) - stream.state)
+    return {"": model.norm(stream.read())}
+
+
 class Lambdas(nn.Module):
     """nanochat's: before each layer the state and the very first value are weighted anew."""
 

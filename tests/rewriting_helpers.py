@@ -103,7 +103,7 @@ def _layout(stream: ResidualStream, config: AttnResConfig) -> MixLayout:
 def _site_parameters(
     module: fx.GraphModule, name: str, stream: ResidualStream, layout: MixLayout
 ) -> tuple[fx.Node, fx.Node]:
-    state = stream.states[-1].node
+    state = stream.states[1].node  # in the root's layout
     width = shape_of(state)[layout.channel_dim]
     made = []
     for kind, value in (("query", 0.0), ("gain", 1.0)):

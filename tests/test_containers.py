@@ -141,19 +141,6 @@ def test_its_layers_are_indexed_as_before_and_a_slice_does_not_run() -> None:
     assert len(model) == 2
 
 
-def test_a_container_that_runs_all_its_children_says_so() -> None:
-    class Children(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.children():
-                x = layer(x)
-            return x
-
-    x = torch.randn(2, 5, WIDTH)
-    converted = attnres_compile.convert(Children(stem(), Layer(), Layer()), (x,))
-    with pytest.raises(AttnResError, match="runs all the children of its module"):
-        converted(x)
-
-
 class Stage(nn.Module):
     """Like the stages of timm's RegNet."""
 
@@ -240,3 +227,52 @@ def test_what_the_class_itself_makes_was_never_converted(make: Callable[[], nn.M
     assert made(x).shape == x.shape
     assert isinstance(converted, type(model))
     assert hasattr(converted, "attnres")
+
+
+class Children(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class NamedChildren(Stage):
+    def forward(self, x: Tensor) -> Tensor:
+        for _, layer in self.named_children():
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Stage, NamedChildren, Children])
+def test_a_model_that_runs_all_its_children_runs_its_own(kind: Any) -> None:
+    """There is no module around it, so it holds the parameters itself, and does not run them."""
+    naming: Any = NamingStage().double()
+    model: Any = kind(naming.b1, naming.b2) if kind is Children else kind().double()
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    first, second = (dict(m.named_parameters()) for m in (model, naming))
+    for parameter, other in zip(first.values(), second.values(), strict=True):
+        parameter.data.copy_(other.data)
+    converted: Any = attnres_compile.convert(model, (x,))
+    by_name: Any = attnres_compile.convert(naming, (x,))
+    for each in (converted, by_name):
+        assert [s.owner for s in each.plan.streams] == [""]
+        randomize(each)
+    assert error(converted(x), by_name(x)) < 1e-12
+    assert error(converted(x), model(x)) > 1e-3
+    assert converted.attnres in list(converted.children())
+    assert {p.dtype for p in converted.float().parameters()} == {torch.float32}
+    assert not converted.eval().attnres.training
+
+
+def test_a_model_that_runs_all_its_children_in_another_way_says_so() -> None:
+    class Modules(Stage):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self._modules.values():
+                assert layer is not None
+                x = layer(x)
+            return x
+
+    x = torch.randn(2, 5, WIDTH)
+    converted = attnres_compile.convert(Modules(), (x,))
+    with pytest.raises(AttnResError, match="runs all the children of its module"):
+        converted(x)

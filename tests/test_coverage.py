@@ -320,6 +320,16 @@ def test_timm_and_torchvision() -> None:
     assert not model.training
 
 
+def test_the_model_of_timm_with_the_least_nested_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths = {"a": None, "b": 3, "c": 2, "d": 2, "e": 3}
+    monkeypatch.setattr(tiny_vision, "_depth_of_repeats", depths.__getitem__)
+    assert tiny_vision._with_repeats_first(list("abcde")) == ["c", "a", "b"]
+    assert tiny_vision._with_repeats_first(list("aeb")) == ["e", "a", "b"]
+    assert tiny_vision._with_repeats_first(list("a")) == ["a"]
+    depths["b"] = 1  # the others need not be looked at then
+    assert tiny_vision._with_repeats_first(list("abz")) == ["b", "a", "z"]
+
+
 # A fixed sample: library, name, residual additions of each stream (none: refused), and the kinds of
 # refusals. Of two layers, a pre-norm transformer has 2 x 2 additions, T5's decoder 2 x 3, Falcon
 # and Mamba one per layer; a Conformer's layer ends with a norm, so that each is a stream of four.

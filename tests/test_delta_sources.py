@@ -131,6 +131,13 @@ CASES = [
         oracle_deltas.gated_skips,
     ),
     Case(
+        "subtracted",
+        lambda: oracle_deltas.Subtracted(WIDTH, 5),
+        values,
+        {"stream": 5},
+        oracle_deltas.subtracted,
+    ),
+    Case(
         "lambdas",
         lambda: oracle_deltas.Lambdas(WIDTH, 3),
         values,
@@ -330,6 +337,21 @@ def test_a_carrier_that_takes_the_mix_is_noticed(monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises((AssertionError, RecursionError)):
         compare(CASES[2], "sum", 2)
+
+
+def rounding_error(size: float) -> float:
+    """In float32, of a converted DeepNorm whose root is so many times as large as its states."""
+    model, inputs = next(case for case in CASES if case.name == "deep_norm").build()
+    exact = model(inputs * size)
+    inputs = (inputs * size).float()
+    converted = attnres_compile.convert(model.float(), (inputs,), config=CONFIG)
+    return relative_error(converted(inputs).double(), exact)
+
+
+def test_a_large_root_costs_digits() -> None:
+    """As documented: differences are rounded at the size of the root."""
+    assert rounding_error(1) < 2e-6
+    assert 1e-5 < rounding_error(1e4) < 4e-3
 
 
 # Tools.

@@ -60,6 +60,29 @@ def test_two_slices() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("*.layers[-1:]", ["encoder.layers.3", "decoder.layers.1"]),
+        ("*.layers[-3:-1]", ["encoder.layers.1", "encoder.layers.2", "decoder.layers.0"]),
+        ("*.layers[::-2]", ["encoder.layers.1", "encoder.layers.3", "decoder.layers.1"]),
+        ("encoder.layers[-1:]", ["encoder.layers.3"]),
+        ("*.layers[3:]", ["encoder.layers.3"]),
+    ],
+)
+def test_each_list_is_sliced_by_its_own_length(pattern: str, matched: list[str]) -> None:
+    lengths = {"encoder": 4, "decoder": 2}
+    paths = [f"{part}.layers.{n}" for part, length in lengths.items() for n in range(length)]
+    assert list(filter(matcher(pattern, paths), paths)) == matched
+
+
+def test_a_list_in_a_list() -> None:
+    paths = [f"{a}.{b}" for a, length in (("m.0", 3), ("m.1", 2)) for b in range(length)]
+    assert list(filter(matcher("m.*[-1:]", paths), paths)) == ["m.0.2", "m.1.1"]
+    # of m itself the last child is taken, and of each of the others
+    assert list(filter(matcher("*[-1:]", paths), paths)) == ["m.0.2", "m.1.0", "m.1.1"]
+
+
+@pytest.mark.parametrize(
     ("patterns", "chosen"),
     [
         ((), ["a", "a.b", "c"]),

@@ -269,3 +269,6 @@ def test_a_site_that_no_gradient_comes_back_to(kind: Any, left_out: list[bool]) 
     assert all(p.grad is not None for p in new)
     report = attnres_compile.verify(model, converted, (x,))
     assert report.passed, report
+    said = "left out for want of a gradient" in " ".join(str(converted.plan).split())
+    assert said == any(left_out)
+    assert "the option sites" not in str(converted.plan)

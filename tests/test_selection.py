@@ -257,7 +257,8 @@ def test_too_many_blocks_for_one_stream() -> None:
 def test_what_is_shown() -> None:
     found = planned(LLAMA, sites=("*.self_attn",))
     text = str(found)
-    assert "11, 4 of them with a query and a key gain, 6 left out (they read the plain" in text
+    assert "11, 4 of them with a query and a key gain, 6 left out by the option" in text
+    assert "want of a gradient" not in text
     assert "sites=('*.self_attn',)" in text
     assert "model.layers.0.post_attention_layernorm (left out)" in as_dot(found)
     assert "left out" not in str(planned(LLAMA))

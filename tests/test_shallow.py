@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shallow import has_repeats, make_shallow
+from shallow import depth_of_repeats, make_shallow
 
 
 class Block(nn.Module):
@@ -66,7 +66,7 @@ def test_single_layers_stay() -> None:
     assert kept(model) == 0
     pairs = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(5)]
     assert kept(Stages(nn.Sequential(*pairs))) == 0
-    assert not has_repeats(Stages(nn.Sequential(*pairs)))
+    assert depth_of_repeats(Stages(nn.Sequential(*pairs))) is None
 
 
 def test_a_cut_that_a_model_does_not_survive_is_undone() -> None:
@@ -80,8 +80,20 @@ def test_a_cut_that_a_model_does_not_survive_is_undone() -> None:
 
 
 def test_repeats() -> None:
-    assert has_repeats(Stages(nn.Sequential(Block(more=True), Block(), Block())))
-    assert has_repeats(Stages(nn.Sequential(*(Block(more=bool(i % 2)) for i in range(4)))))
-    assert not has_repeats(Stages(nn.Sequential(Block(), Block(more=True), Block())))
-    assert not has_repeats(Stages(nn.Sequential(Block()), nn.Sequential(Block(), Block(8))))
-    assert not has_repeats(Stages(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))))
+    """In the list of stages stand lists of blocks."""
+    assert depth_of_repeats(Stages(nn.Sequential(Block(more=True), Block(), Block()))) == 2
+    turns = nn.Sequential(*(Block(more=bool(i % 2)) for i in range(4)))
+    assert depth_of_repeats(Stages(turns)) == 2
+    others = nn.Sequential(Block(), Block(more=True), Block())
+    assert depth_of_repeats(Stages(others)) is None
+    single = nn.Sequential(Block()), nn.Sequential(Block(), Block(8))
+    assert depth_of_repeats(Stages(*single)) is None
+    assert depth_of_repeats(Stages(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))) is None
+
+
+def test_repeats_inside_a_block_are_deeper_than_those_of_blocks() -> None:
+    """What equal parts in a list of its own make of a block, one concatenation may take."""
+    inner = nn.Sequential(Block(more=True), nn.Sequential(Block(), Block()))
+    assert depth_of_repeats(Stages(inner)) == 3
+    assert depth_of_repeats(Stages(inner, nn.Sequential(Block(), Block()))) == 2
+    assert depth_of_repeats(nn.Sequential(Block(), Block())) == 1

@@ -19,7 +19,14 @@ from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import AttnResError, CheckpointError
 from attnres_compile.passes.classify_readers import Reader
 from attnres_compile.passes.streams import Refusal
-from attnres_compile.plans import ConversionPlan, PlannedAddition, PlannedStream, Site, Sublayer
+from attnres_compile.plans import (
+    LEFT_OUT,
+    ConversionPlan,
+    PlannedAddition,
+    PlannedStream,
+    Site,
+    Sublayer,
+)
 
 KEY = "attnres_compile"
 """Under this key a record stands in metadata and in state dict files."""
@@ -267,6 +274,9 @@ def _site(data: dict[str, Any]) -> Site:
         for r in data["readers"]
     )
     query, gain = data["query_name"], data["gain_name"]
+    cause = data.get("left_out_by", "")
+    if cause not in LEFT_OUT:
+        raise ValueError(f"left_out_by {cause!r}")
     return Site(
         name=_text(data["name"]),
         depth=_number(data["depth"]),
@@ -276,6 +286,7 @@ def _site(data: dict[str, Any]) -> Site:
         readers=readers,
         query_name=None if query is None else _text(query),
         gain_name=None if gain is None else _text(gain),
+        left_out_by=_text(cause),
     )
 
 

@@ -36,15 +36,32 @@ def make_shallow(model: nn.Module, run: Callable[[], object]) -> int:
     return before - _count(model)
 
 
-def has_repeats(model: nn.Module) -> bool:
-    """Whether equal blocks follow each other somewhere, or two kinds of them take turns."""
-    for container in _containers(model):
-        signatures = [_signature(block) for block in container.children() if _is_block(block)]
-        for period in (1, 2):
-            equal = [a == b for a, b in zip(signatures, signatures[period:], strict=False)]
-            if any(all(equal[i : i + period]) for i in range(len(equal) - period + 1)):
-                return True
+def depth_of_repeats(model: nn.Module) -> int | None:
+    """In how many lists stand the blocks that follow equal ones, or take turns; None without any.
+
+    The outermost such blocks count. In a list in a list there may be the branches of one block.
+    """
+    depths = {name: _depth(model, name) for name, m in model.named_modules() if _repeats(m)}
+    return min(depths.values(), default=None)
+
+
+def _repeats(module: nn.Module) -> bool:
+    """Whether it is a list in which equal blocks follow each other, or two kinds take turns."""
+    if not isinstance(module, nn.Sequential | nn.ModuleList):
+        return False
+    signatures = [_signature(block) for block in module.children() if _is_block(block)]
+    for period in (1, 2):
+        equal = [a == b for a, b in zip(signatures, signatures[period:], strict=False)]
+        if any(all(equal[i : i + period]) for i in range(len(equal) - period + 1)):
+            return True
     return False
+
+
+def _depth(model: nn.Module, path: str) -> int:
+    """In how many lists a module stands, itself counted."""
+    names = path.split(".") if path else []
+    around = [model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+    return sum(isinstance(module, nn.Sequential | nn.ModuleList) for module in around)
 
 
 def _survives(cuts: list[tuple[nn.Module, Children]], run: Callable[[], object]) -> bool:

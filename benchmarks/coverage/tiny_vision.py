@@ -2,7 +2,8 @@
 
 These libraries have no configs, so a model keeps its width; of equal blocks in a row it keeps two
 (`shallow`), and its image is made small where it allows that. Of timm one model per architecture is
-taken: of those whose names say that they are small, the first that has equal blocks in a row.
+taken: of those whose names say that they are small, the first that has equal blocks in a row, and
+these in as few lists as another's. For what repeats inside a block alone tells nothing of blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from shallow import KEPT, has_repeats, make_shallow
+from shallow import KEPT, depth_of_repeats, make_shallow
 
 MOST_PARAMETERS = 160_000_000  # once it is shallow
 _MOST_BUILT = 700_000_000
@@ -78,20 +79,27 @@ def build_timm(module: str) -> tuple[nn.Module, dict[str, Any], str]:
 
 
 def _with_repeats_first(names: Sequence[str]) -> list[str]:
-    first = next((name for name in names[:_TRIED] if _repeats(name)), names[0])
+    depths: dict[str, int] = {}
+    for name in names[:_TRIED]:
+        depth = _depth_of_repeats(name)
+        if depth is not None:
+            depths[name] = depth
+        if depth == 1:
+            break
+    first = min(depths, key=depths.__getitem__, default=names[0])
     return [first, *(name for name in names[:_OTHERS] if name != first)]
 
 
-def _repeats(name: str) -> bool:
-    """Whether a model of timm has equal blocks in a row, and is not too large to be built."""
+def _depth_of_repeats(name: str) -> int | None:
+    """Of a model of timm; None too where it is too large to be built."""
     import timm
 
     with torch.device("meta"):
         try:
             model = timm.create_model(name, pretrained=False)
         except NotImplementedError:  # it reads numbers while it is made
-            return False
-    return has_repeats(model) and _number_of_parameters(model) <= _MOST_BUILT
+            return None
+    return depth_of_repeats(model) if _number_of_parameters(model) <= _MOST_BUILT else None
 
 
 def build_torchvision(name: str) -> tuple[nn.Module, dict[str, Any], str]:

@@ -127,6 +127,9 @@ SAFETENSORS: dict[str, Damage] = {
     "record without a plan": record(lambda r: r.pop("plan")),
     "unknown option": record(lambda r: r["plan"]["config"].update(flavour="mint")),
     "option out of range": record(lambda r: r["plan"]["config"].update(eps=-1)),
+    "site left out by nobody": record(
+        lambda r: r["plan"]["streams"][0]["sites"][0].update(left_out_by="me")
+    ),
     "unknown names": record(lambda r: r.update(names="theirs")),
     "stream of huge width": record(lambda r: r["plan"]["streams"][0].update(width=HUGE)),
     "stream of another owner": record(lambda r: r["plan"]["streams"][0].update(owner="nowhere")),

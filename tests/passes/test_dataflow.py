@@ -96,6 +96,8 @@ ORIGIN_IS_X = {
     "three transpositions undone": lambda m, x: (
         x.permute(1, 2, 0).permute(1, 2, 0).permute(1, 2, 0)
     ),
+    "part of a concatenation": lambda m, x: torch.cat([m.f(x), x], 1)[:, 4:].clone(),
+    "part turned and back": lambda m, x: torch.cat([m.f(x), x], 1)[:, 4:].mT.transpose(1, 2),
     "cast inside a transposition": lambda m, x: x.transpose(1, 2).double().transpose(-1, -2),
 }
 ORIGIN_IS_NOT_X = {
@@ -107,6 +109,7 @@ ORIGIN_IS_NOT_X = {
         x.transpose(1, 2).reshape(2, 4, 8).transpose(1, 2)
     ),
     "slice": lambda m, x: x[:, 1:],
+    "part that is turned": lambda m, x: torch.cat([m.f(x), x], 1)[:, 4:].mT,
     "scaling": lambda m, x: x * 0.5,
     "dropout": lambda m, x: torch.nn.functional.dropout(x, 0.0),
     "in place": lambda m, x: x.relu_(),
@@ -127,6 +130,19 @@ def test_origin_stops_where_a_value_is_made(body: Body) -> None:
     (result,) = nodes["output"].args
     assert isinstance(result, fx.Node)
     assert view.origin(result) is not nodes["x"]
+
+
+def test_a_turn_is_seen_through_where_it_is_not_turned_once_more() -> None:
+    def body(m: Any, x: Tensor) -> list[Tensor]:
+        turn = x.permute(1, 2, 0)
+        return [turn, turn.reshape(8, 8), turn.permute(2, 0, 1), turn.permute(1, 0, 2)]
+
+    _, nodes = view_of(body)
+    turn, reshaped, undone, turned = nodes["output"].all_input_nodes
+    for node in (turn, reshaped, undone):
+        assert Dataflow.path_to_origin(node, frozenset({turn}))[-1] is nodes["x"]
+    assert Dataflow.path_to_origin(turned, frozenset({turn})) == [turned]
+    assert Dataflow.path_to_origin(reshaped) == [reshaped, turn]
 
 
 def test_reads_are_of_values_not_of_names() -> None:

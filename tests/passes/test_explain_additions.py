@@ -44,6 +44,7 @@ def test_a_plain_chain(route: str) -> None:
         ("element-wise", lambda m, x: x + 0.044 * x**3),
         ("shapes", lambda m, x: m.f(x).mean(-1, keepdim=True) + m.scale),
         ("shapes", lambda m, x: x + m.f(x).mean(1, keepdim=True)),
+        ("subtraction", lambda m, x: x.roll(1, 1) - x),
         ("dtype", lambda m, x: (x > 0).long() + (m.f(x) > 1).long()),
         ("rank", lambda m, x: m.scale + m.f(m.scale)),
     ],
@@ -57,6 +58,7 @@ def test_what_is_no_residual_addition(rule: str, body: Body) -> None:
     [
         ("single-sublayer", lambda m, x: x + m.f(m.norm(x))),
         ("scaled-carrier", lambda m, x: 0.9 * x + m.f(m.norm(x))),
+        ("subtracted-skip", lambda m, x: m.f(m.norm(x)) - x),
     ],
 )
 @pytest.mark.parametrize("route", ROUTES)

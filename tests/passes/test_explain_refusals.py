@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._higher_order_ops import while_loop
 from torch._higher_order_ops.scan import scan
 
-from passes_helpers import ROUTES, Body, analyse, images, refused
+from passes_helpers import ROUTES, Body, analyse, depths, images, refused, twice
 
 
 def rotated(x: Tensor) -> Tensor:
@@ -34,7 +34,19 @@ ALTERED: dict[str, tuple[str, Body]] = {
         ),
     ),
     "alpha": ("scaled-carrier", lambda m, x: torch.add(m.f(x), x, alpha=0.5)),
+    "negated": ("scaled-carrier", lambda m, x: -x + m.f(x)),
+    "subtracted": ("subtracted-skip", lambda m, x: m.f(x) - x),
+    "gate made of the data": (
+        "gated-skip",
+        lambda m, x: torch.sigmoid(m.g(x)) * x + m.f(m.norm(x)),
+    ),
+    "gate per token": ("gated-skip", lambda m, x: m.f(x) + x * m.g(x).mean(-1, keepdim=True)),
+    "highway": (
+        "gated-skip",
+        lambda m, x: (g := torch.sigmoid(m.g(x))) * m.f(x) + (1 - g) * x,
+    ),
     "dropout": ("dropout", lambda m, x: F.dropout(x, 0.1) + m.f(x)),
+    "detached": ("detached-carrier", lambda m, x: x.detach() + m.f(x)),
     "rounding": ("narrowing-cast", lambda m, x: x.to(torch.bfloat16).float() + m.f(x)),
     "several": ("dropout", lambda m, x: F.dropout(0.9 * x, 0.1) + m.f(m.norm(x))),
 }
@@ -80,6 +92,26 @@ def test_what_is_no_addition_within_an_operator(body: Body) -> None:
     assert not refused(analyse(body))
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_skip_that_is_a_factor_of_its_branch_is_refused(route: str) -> None:
+    """As a factor it is a read, and as a skip it is none; apart from each other they are two."""
+
+    def fused(m: Any, x: Tensor) -> Tensor:
+        return torch.addcmul(x, x, m.f(m.norm(x)))
+
+    def apart(m: Any, x: Tensor) -> Tensor:
+        return x + x * m.f(m.norm(x))
+
+    def other_factors(m: Any, x: Tensor) -> Tensor:
+        return torch.addcmul(x, m.g(x), m.f(m.norm(x)))
+
+    assert refused(analyse(twice(fused), route=route)) == ["skip-as-factor"] * 2
+    for step in (apart, other_factors):
+        found = analyse(twice(step), route=route)
+        assert depths(found) == [2]
+        assert not found.refusals
+
+
 def mixing(m: Any, x: Tensor) -> Tensor:
     """A matrix that mixes the three streams of [batch, position, stream, channel] states."""
     return m.g(x.mean(2)).cumsum(-1)[..., :3].unsqueeze(-1).sigmoid() + m.memory[:3, :3]
@@ -120,11 +152,11 @@ def test_lists_of_additions_are_refused() -> None:
     assert refused(analyse(body, route="dynamo")) == ["fused-addition"]
 
 
-def turned(m: Any, x: Tensor) -> Tensor:
+def shuffled(m: Any, x: Tensor) -> Tensor:
+    """Channels change places, so that it is no other layout of the same state (`layouts`)."""
     x = x + m.f(m.norm(x))
-    x = x.transpose(1, 2)
-    x = x + (m.g(x.mT)).mT
-    return x.transpose(1, 2)
+    x = x.unflatten(2, (2, 4)).transpose(2, 3).flatten(2)
+    return x + m.g(m.norm(x))
 
 
 def without_the_first_token(m: Any, x: Tensor) -> Tensor:
@@ -135,7 +167,7 @@ def without_the_first_token(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("body", [turned, without_the_first_token])
+@pytest.mark.parametrize("body", [shuffled, without_the_first_token])
 def test_a_carrier_that_is_rearranged_between_additions(body: Body, route: str) -> None:
     found = analyse(body, route=route)
     assert not found.streams
@@ -157,7 +189,10 @@ NOT_ALTERED: dict[str, Body] = {
     "sum of two branches": lambda m, x: 0.9 * m.f(x) + m.g(x),
     "low-rank update": lambda m, x: m.f(x) + 2.0 * m.h(m.g(x)),
     "gate": lambda m, x: torch.sigmoid(x) * x + m.f(m.positions),
-    "interpolation by the data": lambda m, x: torch.sigmoid(m.g(x)) * x + m.f(x),
+    "product of branches": lambda m, x: m.f(x) * m.g(x) + m.h(x),
+    "gate over a branch": lambda m, x: torch.sigmoid(m.g(x)) * m.f(x) + m.h(x),
+    "difference of branches": lambda m, x: m.f(x) - m.g(x),
+    "difference of neighbours": lambda m, x: torch.roll(x, 1, 1) - x,
     "polynomial": lambda m, x: 0.5 * x + 0.044715 * torch.pow(x, 3),
 }
 
@@ -255,3 +290,66 @@ def test_an_addition_in_the_body_of_a_loop_is_refused(body: Body, route: str) ->
 @pytest.mark.parametrize("route", ["dynamo", "export"])
 def test_a_sum_in_the_body_of_a_loop_is_none(route: str) -> None:
     assert not refused(analyse(sums_in_a_scan, route=route))
+
+
+# Streams of one sublayer: what on the carrier cuts them off from the others.
+
+
+def cut_off(step: Body, route: str) -> list[str]:
+    """What the reasons of one addition, a step, one addition, the step and two more say of it."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = step(m, x + m.f(m.norm(x)))
+        x = step(m, x + m.g(m.norm(x)))
+        x = x + m.f(m.norm(x))
+        return x + m.g(m.norm(x))
+
+    found = analyse(body, torch.randn(2, 8, 8), route=route)
+    assert depths(found) == [2]
+    assert refused(found) == ["single-sublayer"] * 2
+    return [refusal.reason.partition("; ")[2] for refusal in found.refusals]
+
+
+CUTS: dict[str, tuple[str, Body]] = {
+    "projection": ("linear", lambda m, x: m.h(x)),
+    "projection, then a norm": ("linear", lambda m, x: m.norm(m.h(x))),
+    "softmax": ("softmax", lambda m, x: x.softmax(1)),
+    "shift": ("roll", lambda m, x: x.roll(1, 1)),
+    "product with itself": ("matmul", lambda m, x: x @ x.mT),
+}
+
+
+@pytest.mark.parametrize("route", ["symbolic", "dynamo"])
+@pytest.mark.parametrize(("name", "step"), CUTS.values(), ids=CUTS)
+def test_what_cuts_a_single_sublayer_off_is_named(name: str, step: Body, route: str) -> None:
+    for reason in cut_off(step, route):
+        assert reason.startswith(f"'{name}' on the carrier at ")
+        assert reason.endswith("cuts it off from other additions")
+        assert route == "symbolic" or "test_explain_refusals.py:" in reason
+
+
+def test_a_norm_between_a_stream_and_a_single_sublayer_is_named() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = x + m.f(m.norm(x))
+        x = m.norm(x + m.g(m.norm(x)))
+        return x + m.f(x)
+
+    found = analyse(body, route="export")
+    assert depths(found) == [2]
+    assert refused(found) == ["single-sublayer"]
+    assert "; 'layer_norm' on the carrier at " in found.refusals[0].reason
+
+
+def test_a_single_sublayer_that_is_alone_is_cut_off_by_nothing() -> None:
+    def alone(m: Any, x: Tensor) -> Tensor:
+        x = m.h(x)
+        return m.h(x + m.f(m.norm(x)))
+
+    def beside(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.h(x)
+        z = m.g(x)
+        return y + m.f(m.norm(y)), z + m.f(m.norm(z))
+
+    for body in (alone, beside):
+        reasons = {refusal.reason for refusal in analyse(body).refusals}
+        assert reasons == {"a stream of one sublayer has nothing to choose from"}

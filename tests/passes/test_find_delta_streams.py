@@ -267,7 +267,10 @@ NOT_FOLLOWED: dict[str, tuple[Body, list[str]]] = {
         lambda m, x: gated_by_itself(m, x + m.f(x)),
         ["scaled-carrier"] * 2,
     ),
-    "skip with a gate of the data": (lambda m, x: torch.sigmoid(m.g(x)) * x + m.f(x), []),
+    "skip with a gate of the data": (
+        lambda m, x: torch.sigmoid(m.g(x)) * x + m.f(x),
+        ["gated-skip"] * 2,
+    ),
     "rotary embedding": (
         lambda m, x: m.scale * x + torch.cat((-x[..., 4:], x[..., :4]), -1) * m.scale,
         [],

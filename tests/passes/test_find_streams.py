@@ -275,6 +275,76 @@ def test_an_addition_before_the_first_branch_belongs_to_the_root() -> None:
     assert len(stream.states) == 3
 
 
+def absorbed(found: Any) -> list[bool]:
+    """Of the additions of the first stream: which of them are absorbed."""
+    return [not addition.is_residual for addition in found.streams[0].chain]
+
+
+WITH_THE_TIME: dict[str, Body] = {
+    "before the branch": lambda m, x, t: x + t + m.f(m.norm(x)),
+    "on the left": lambda m, x, t: t + x + m.f(m.norm(x)),
+    "branch on the left": lambda m, x, t: m.f(m.norm(x)) + (x + t),
+    "read by the branch too": lambda m, x, t: x + t + m.f(m.norm(x) + m.g(t)),
+    "a layer of it": lambda m, x, t: x + m.g(t) + m.f(m.norm(x)),
+}
+
+
+@pytest.mark.parametrize("time", [tokens(), tokens()[:, :1]], ids=["whole", "broadcast"])
+@pytest.mark.parametrize("step", WITH_THE_TIME.values(), ids=WITH_THE_TIME)
+def test_what_is_added_together_with_each_branch_is_absorbed(step: Body, time: Tensor) -> None:
+    found = analyse(lambda m, x, t: step(m, step(m, step(m, x, t), t), t), tokens(), time)
+    assert absorbed(found) == [True, False] * 3
+    assert found.streams[0].chain[0].previous.op == "placeholder"
+    assert site_depths(found) == [(0, 1, 2, 3)]
+    assert not found.refusals
+
+
+def test_two_things_that_are_added_together_with_each_branch() -> None:
+    def body(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        for f in (m.f, m.g):
+            x = x + t + m.positions + f(m.norm(x))
+        return x
+
+    assert absorbed(analyse(body, tokens(), tokens()[:, :1])) == [True, True, False] * 2
+
+
+def test_what_the_branch_reads_as_well_belongs_to_the_root() -> None:
+    def body(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        for f in (m.f, m.g):
+            x = x + t
+            x = x + f(m.norm(x))
+        return x
+
+    found = analyse(body, tokens(), tokens()[:, :1])
+    assert absorbed(found) == [False, True, False]
+    assert found.streams[0].chain[0].previous.op != "placeholder"
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda m, x, t: x + t + m.f(m.norm(t)), lambda m, x, t: x + t + m.scale * x],
+    ids=["branch of the side alone", "element-wise"],
+)
+def test_a_side_addition_without_a_branch_of_the_chain_is_none(step: Body) -> None:
+    found = analyse(lambda m, x, t: step(m, step(m, x, t), t), tokens(), tokens()[:, :1])
+    assert not found.streams
+    assert not found.refusals
+
+
+def test_a_skip_around_a_stream_is_no_side_addition() -> None:
+    """What an inner stream starts from depends on the value that is added after it."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            y = m.h(x)
+            for f in (m.f, m.g):
+                y = y + f(y)
+            x = x + y
+        return x
+
+    assert depths(analyse(body)) == [2, 2, 2]
+
+
 def test_additions_that_nothing_reads_are_left_out() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
         first = x + m.f(x)

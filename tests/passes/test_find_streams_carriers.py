@@ -126,6 +126,16 @@ def test_one_sublayer_is_refused() -> None:
     assert refused(analyse(lone)) == ["single-sublayer"]
 
 
+def test_an_addition_that_nothing_reads() -> None:
+    """A symbolic trace keeps it."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x + m.f(x)
+        return x
+
+    assert refused(analyse(body)) == ["single-sublayer"]
+
+
 def test_a_refusal_says_where() -> None:
     module = trace(lambda m, x: x + m.f(x), route="dynamo")
     (refusal,) = find_streams(module.graph).refusals

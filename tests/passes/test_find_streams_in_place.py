@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -102,6 +103,52 @@ def test_a_carrier_overwritten_between_additions_is_refused() -> None:
 
     assert refused(analyse(scaled)) == ["scaled-carrier", "scaled-carrier"]
     assert refused(analyse(activated)) == ["post-activation", "post-activation"]
+
+
+def scaled_copy(m: Any, x: Tensor) -> Tensor:
+    skip = x.clone()
+    skip.mul_(0.5)
+    return skip + m.f(m.norm(x))
+
+
+def scaled_itself(m: Any, x: Tensor) -> Tensor:
+    x = m.h(x)
+    branch = m.f(m.norm(x))
+    x.mul_(0.5)
+    return x + branch
+
+
+def dropped_copy(m: Any, x: Tensor) -> Tensor:
+    skip = x.clone()
+    return F.dropout(skip, 0.1, inplace=True) + m.f(m.norm(x))
+
+
+@pytest.mark.parametrize("route", ["symbolic", "dynamo"])
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        (scaled_copy, "scaled-carrier"),
+        (scaled_itself, "scaled-carrier"),
+        (dropped_copy, "dropout"),
+    ],
+)
+def test_a_skip_that_is_overwritten_before_the_addition_is_altered(
+    step: Body, kind: str, route: str
+) -> None:
+    found = analyse(twice(step), route=route)
+    assert not found.streams
+    assert refused(found) == [kind, kind]
+
+
+def test_a_copy_that_only_the_branch_overwrites_is_no_altered_skip() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            copy = x.clone()
+            copy.mul_(0.5)
+            x = x + m.f(m.norm(copy))
+        return x
+
+    assert depths(analyse(body, route="dynamo")) == [2]
 
 
 def test_a_buffer_that_is_written_is_no_part_of_the_stream() -> None:

@@ -89,7 +89,6 @@ def test_residual_additions(step: Body) -> None:
         lambda p, x: p.f(p("Add", p.f(x), p.weight(WIDTH))),  # a bias
         lambda p, x: p("Add", p.f(x), p.f(p.f(x))),  # two branches and no skip
         lambda p, x: p("Mul", x, p.f(x)),
-        lambda p, x: p("Sub", p.f(x), x),  # the skip is subtracted
     ],
 )
 def test_no_residual_additions(step: Body) -> None:
@@ -104,6 +103,8 @@ def test_no_residual_additions(step: Body) -> None:
         (lambda p, x: p.norm(p("Add", x, p.f(x))), "post-norm"),
         (lambda p, x: p("Relu", p("Add", x, p.f(x))), "post-activation"),
         (lambda p, x: p("Mul", p("Add", x, p.f(x)), p.number(0.9)), "scaled-carrier"),
+        (lambda p, x: p("Sub", p.f(x), x), "subtracted-skip"),
+        (lambda p, x: p("Add", p("Mul", p.f(x), x), p.f(x)), "gated-skip"),
         (lambda p, x: p("Clip", p("Add", x, p.f(x)), p.number(-9), p.number(9)), "clamped-carrier"),
         (lambda p, x: p("Cast", p("Cast", p("Add", x, p.f(x)), to=10), to=1), "narrowing-cast"),
     ],

@@ -177,6 +177,16 @@ def matrix_halfway(p: Program, x: str) -> str:
     return p("Reshape", rows, p("Shape", x))
 
 
+def in_turns(p: Program, x: str) -> str:
+    """Channels last where a matrix is multiplied, and first where a convolution is added."""
+    for _ in range(2):
+        state = p("Add", x, p.f(p.norm(x)))
+        turned = p("Transpose", state, perm=[0, 2, 1])
+        turned = p("Add", turned, p("Conv", turned, p.weight(WIDTH, WIDTH, 1)))
+        x = p("Transpose", turned, perm=[0, 2, 1])
+    return x
+
+
 def outer_skip(p: Program, x: str) -> str:
     """Two blocks of two sublayers each, inside a stream of their own."""
     for _ in range(2):
@@ -212,6 +222,7 @@ def in_a_body(p: Program, x: str) -> str:
         (bias_alone, [2]),
         (copied, [3]),
         (matrix_halfway, [2]),
+        (in_turns, [4]),
         (outer_skip, [2, 2, 2]),
         (in_a_body, [2]),
     ],
@@ -228,6 +239,24 @@ def test_lossless_whatever_the_spelling(body: Body, sublayers: list[int]) -> Non
     read = read_values(result.graph)
     assert all(read & set(node.output) for node in result.graph.node)
     assert {t.name for t in result.graph.initializer} <= read
+
+
+def test_two_layouts_by_hand() -> None:
+    """The sources are tokens; what reads channels first gets their mix transposed."""
+    program = Program()
+    model = program.model(program("Identity", in_turns(program, "x")))
+    result, plan = converted(model, num_blocks="full")
+    values = randomize(result)
+    weights = [torch.from_numpy(numpy_helper.to_array(t).copy()) for t in program.weights]
+    names = [str(s.query_name).removesuffix(".query") for s in plan.streams[0].sites[1:]]
+    x = tokens(torch.float32)
+    sources = [x]
+    for scale, matrix, kernel in (weights[:3], weights[3:]):
+        h = x if len(sources) == 1 else mix(sources, values, names[len(sources) - 2])
+        sources.append((F.layer_norm(h, (WIDTH,)) * scale) @ matrix)
+        h = mix(sources, values, names[len(sources) - 2])
+        sources.append(F.conv1d(h.transpose(1, 2), kernel).transpose(1, 2))
+    assert close(run(result, x)[0], mix(sources, values, names[-1]), 1e-4)
 
 
 def test_parallel_branches_are_one_source() -> None:
