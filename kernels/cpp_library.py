@@ -1,34 +1,34 @@
 """The C++ library for CPUs, compiled on first use, and its functions as operators that write.
 
 ``templates/phases.cpp`` holds the loops over tokens, ``templates/rows.h`` what they do with a row.
-A function of it is the operator ``attnres::cpp_<name>``, which returns nothing and writes to the
-tensors that its schema marks. So whoever calls it says where results go, and in a compiled graph
-Inductor plans that memory with all the rest. The functions have their arguments in the order of the
-schemas, then the sizes.
+A function of it is the operator ``attnres::cpp_<name>``, with an overload per dtype of the stream.
+It returns nothing and writes to the tensors that its schema marks. So whoever calls it says where
+results go, and in a compiled graph Inductor plans that memory with all the rest. The functions have
+their arguments in the order of the schemas, then the sizes.
+
+The way from an operator to its function is generated, too, as C++ upon PyTorch's stable ABI: in
+Python it took 0.2 ms a call inside a model, whose matrices leave nothing of the interpreter in the
+caches.
 """
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import re
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from attnres_compile.errors import BackendError
-from attnres_compile.kernels.reference import arithmetic_dtype
-
-_SOURCES = [Path(__file__).parent / "templates" / name for name in ("rows.h", "phases.cpp")]
+_TEMPLATES = Path(__file__).parent / "templates"
+_SOURCES = [_TEMPLATES / name for name in ("rows.h", "phases.cpp", "operators.h")]
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 # Rows are contiguous, of the dtype of the stream, and the first tensor is one: its shape is
-# [*tokens, width], and its dtype says which library it is. What is added to the partial sum may
-# come without the bias of its linear layer, an argument then (passes/absorb_biases.py).
+# [*tokens, width]. What is added to the partial sum may come without the bias of its linear layer,
+# an argument then (passes/absorb_biases.py).
 _SCHEMAS = {
     "complete": (
         "Tensor first, Tensor? second, Tensor? bias, Tensor queries, int sites, float eps,"
@@ -61,93 +61,76 @@ _SCHEMAS = {
         " Tensor(f!)? grad_bias, Tensor(g!)? grad_branch_bias"
     ),
 }
-_POINTER = (ctypes.c_void_p,)
-_C_TYPES = {
-    "Tensor": _POINTER,
-    "Tensor?": _POINTER,
-    "Tensor[]": _POINTER,
-    "int[]": (ctypes.c_void_p, ctypes.c_int64),
-    "int": (ctypes.c_int64,),
-    "bool": (ctypes.c_int64,),
-    "float": (ctypes.c_double,),
+# How an argument is written in C++, as what arrives and as what the function is handed.
+_TYPES = {
+    "Tensor": ("Tensor", "address_of({0})"),
+    "Tensor?": ("std::optional<Tensor>", "address_of({0})"),
+    "Tensor[]": ("std::vector<Tensor>", "Addresses({0})"),
+    "int[]": ("std::vector<int64_t>", "{0}.data(), int64_t({0}.size())"),
+    "int": ("int64_t", "{0}"),
+    "bool": ("bool", "{0}"),
+    "float": ("double", "{0}"),
 }
+NAMES = tuple(_SCHEMAS)
 
 
+def operator(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """``operator("phase1", torch.float32)``, ready to be called."""
+    prepare(dtype)
+    overload: Callable[..., None] = getattr(_packet(name), DTYPES[dtype])
+    return overload
+
+
+@cache
 def prepare(dtype: torch.dtype) -> None:
-    """Compiles the library for streams of `dtype`, so that a missing compiler shows at once."""
-    _function("complete", dtype)
+    """Compiles the library for streams of `dtype`, so that a missing compiler shows at once.
 
-
-def _run(name: str, *arguments: Any) -> None:
-    # Phase 2 has no first argument where no phase 1 is before it.
-    first: Any = arguments[1] if arguments[0] is None else arguments[0]
-    like: Tensor = first if isinstance(first, Tensor) else first[0]
-    width = like.shape[-1]
-    tokens = like.numel() // width if width else 0
-    dtypes = (like.dtype, arithmetic_dtype(like.dtype))
-    values: list[Any] = []
-    for kind, argument in zip(_kinds(name), arguments, strict=True):
-        if kind == "Tensor" or kind == "Tensor?":
-            values.append(_at(argument, dtypes))
-        elif kind == "Tensor[]":
-            addresses = [_at(tensor, dtypes) for tensor in argument]
-            values.append((ctypes.c_void_p * len(argument))(*addresses))
-        elif kind == "int[]":
-            values += [(ctypes.c_int64 * len(argument))(*argument), len(argument)]
-        else:
-            values.append(argument)
-    threads = max(1, min(torch.get_num_threads(), tokens))
-    _function(name, like.dtype)(*values, tokens, width, threads)
-
-
-@cache
-def _kinds(name: str) -> list[str]:
-    """The types of a function's arguments, without the marks of what it writes to."""
-    types = [argument.split()[0] for argument in _SCHEMAS[name].split(", ")]
-    return [re.sub(r"\(.!\)", "", each) for each in types]
-
-
-@cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    Loading it registers its operators, with whoever calls them: compiled code of this process.
+    """
     from torch._inductor.codecache import CppCodeCache
 
-    element = str(dtype).removeprefix("torch.")
-    source = "\n".join(path.read_text() for path in _SOURCES)
-    library = CppCodeCache.load(f"#define FOR_{element.upper()}\n{source}", extra_flags=_FLAGS)
-    function = getattr(library, name)
-    function.restype = None
-    types = [_C_TYPES[kind] for kind in _kinds(name)]
-    function.argtypes = [*itertools.chain(*types), *3 * [ctypes.c_int64]]
-    return function  # type: ignore[no-any-return]
+    source = [f"#define FOR_{DTYPES[dtype].upper()}", *(each.read_text() for each in _SOURCES)]
+    source += [_wrapper(name) for name in NAMES]
+    source += ["STABLE_TORCH_LIBRARY_IMPL(attnres, CPU, library) {"]
+    source += [
+        f'  library.impl("cpp_{name}.{DTYPES[dtype]}", TORCH_BOX(&operate::{name}));'
+        for name in NAMES
+    ]
+    CppCodeCache.load("\n".join([*source, "}"]), extra_flags=_FLAGS)
 
 
-def _at(tensor: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> int | None:
-    """The address of a tensor that the library can read as it is."""
-    if tensor is None:
-        return None
-    if not tensor.is_contiguous() or tensor.dtype not in dtypes:
-        raise BackendError(
-            f"the C++ library was handed a tensor of {tensor.dtype} with strides "
-            f"{tensor.stride()}, which is not contiguous or not of {dtypes}; this is a bug of "
-            "attnres-compile."
-        )
-    return tensor.data_ptr()
+def _wrapper(name: str) -> str:
+    """An operator in C++: takes tensors, hands their addresses and sizes to the function."""
+    arguments = list(_arguments(name))
+    parameters = ", ".join(f"{_TYPES[kind][0]} {argument}" for kind, argument in arguments)
+    values = ", ".join(_TYPES[kind][1].format(argument) for kind, argument in arguments)
+    # Phase 2 has no first argument where no phase 1 is before it.
+    sizes = "Sizes sizes(" + ", ".join(argument for _, argument in arguments[:2]) + ");"
+    call = f"::{name}({values}, sizes.tokens, sizes.width, sizes.threads);"
+    return f"namespace operate {{ void {name}({parameters}) {{ {sizes} {call} }} }}"
+
+
+def _arguments(name: str) -> Iterator[tuple[str, str]]:
+    """The type and the name of each argument, without the marks of what is written to."""
+    for argument in _SCHEMAS[name].split(", "):
+        kind, own_name = argument.split()
+        yield re.sub(r"\(.!\)", "", kind), own_name
+
+
+def _packet(name: str) -> Any:
+    return getattr(torch.ops.attnres, f"cpp_{name}")
 
 
 def _defined() -> Any:
-    # As long as it lives there are the operators; compiled code of another process, read from
-    # Inductor's cache, calls them, so they are there once this module is.
+    # As long as it lives there are the operators; graphs that Inductor keeps on disk name them.
     library: Any = torch.library.Library("attnres", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, arguments in _SCHEMAS.items():
-        library.define(f"cpp_{name}({arguments}) -> ()", tags=(torch.Tag.needs_exact_strides,))
-        library.impl(f"cpp_{name}", partial(_run, name), "CPU")
-        torch.library.register_fake(f"attnres::cpp_{name}", lambda *_: None, lib=library)
+        for dtype in DTYPES.values():
+            overload = f"cpp_{name}.{dtype}"
+            schema = f"{overload}({arguments}) -> ()"
+            library.define(schema, tags=(torch.Tag.needs_exact_strides,))
+            torch.library.register_fake(f"attnres::{overload}", lambda *_: None, lib=library)
     return library
 
 
 _LIBRARY = _defined()
-NAMES = tuple(_SCHEMAS)
-OPERATORS: dict[str, Callable[..., None]] = {
-    name: getattr(torch.ops.attnres, f"cpp_{name}").default for name in NAMES
-}
-"""The operators by name: ``OPERATORS["phase1"]``."""

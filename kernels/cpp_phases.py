@@ -17,12 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnres_compile.kernels.cpp_library import OPERATORS
+from attnres_compile.kernels.cpp_library import operator
 from attnres_compile.kernels.phase2 import NORMS
 from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.kernels.reference import arithmetic_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def complete(
@@ -33,7 +31,7 @@ def complete(
     source = torch.empty_like(first) if others else None
     logits = queries.new_empty((len(queries), *first.shape[:-1]))
     inverse_rms = queries.new_empty(first.shape[:-1])
-    OPERATORS["complete"](
+    operator("complete", first.dtype)(
         first, second, None, queries.contiguous(), len(queries), eps, source, logits, inverse_rms
     )
     return stand_in(first) if source is None else source, logits, inverse_rms
@@ -53,7 +51,7 @@ def complete_backward(
     source, queries = source.contiguous(), queries.contiguous()
     grad = torch.empty_like(source) if wants_source else None
     grad_queries = torch.empty_like(queries) if wants_queries else None
-    OPERATORS["complete_backward"](
+    operator("complete_backward", source.dtype)(
         source,
         _contiguous(grad_source),
         grad_logits.contiguous(),
@@ -75,7 +73,7 @@ def phase1(
     sites = len(logits[0])
     mixes = [torch.empty_like(sources[0]) for _ in range(sites)]
     statistics = logits[0].new_empty((sites, 2, *logits[0].shape[1:]))
-    OPERATORS["phase1"](sources, logits, len(sources), sites, mixes, statistics)
+    operator("phase1", sources[0].dtype)(sources, logits, len(sources), sites, mixes, statistics)
     return mixes, statistics
 
 
@@ -97,7 +95,7 @@ def phase1_backward(
     grads = [torch.empty_like(sources[i]) for i in wanted]
     shape = (len(sources), *logits[0].shape)
     grad_logits = statistics.new_empty(shape) if wants_logits else None
-    OPERATORS["phase1_backward"](
+    operator("phase1_backward", sources[0].dtype)(
         sources,
         logits,
         len(sources),
@@ -142,7 +140,7 @@ def phase2(
     made_dtype = arithmetic_dtype(like.dtype) if wide else like.dtype
     normed = torch.empty_like(like, dtype=made_dtype) if norm != "none" else None
     saved = query.new_empty((2 * len(direct) + NORMS.index(norm), *like.shape[:-1]))
-    OPERATORS["phase2"](
+    operator("phase2", like.dtype)(
         before,
         direct,
         len(direct),
@@ -203,7 +201,7 @@ def phase2_backward(
     grads = [torch.empty_like(like) for _ in wanted]
     wants = (wants_query, wants_weight, wants_bias)
     vectors = [query.new_empty(query.shape) if wants_it else None for wants_it in wants]
-    OPERATORS["phase2_backward"](
+    operator("phase2_backward", like.dtype)(
         before,
         direct,
         len(direct),

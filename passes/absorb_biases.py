@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnres_compile.kernels.cpp_library import OPERATORS
 from attnres_compile.kernels.reference import arithmetic_dtype
-from attnres_compile.passes.cpp_calls import arguments_of, set_argument, value_of
+from attnres_compile.passes.cpp_calls import arguments_of, phase_of, set_argument, value_of
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default)
@@ -27,11 +26,11 @@ _VIEWS = (_aten.view.default, _aten.reshape.default)
 def absorb_biases(graph: fx.Graph) -> None:
     """Rewrites, in place, an ATen graph with the operators of ``cpp_library.py``."""
     for node in list(graph.nodes):
-        if node.target is OPERATORS["complete"]:
+        if phase_of(node) == "complete":
             _absorb(graph, node, _Sum("first", "second", "bias"))
-        elif node.target is OPERATORS["phase2"]:
+        elif phase_of(node) == "phase2":
             _absorb(graph, node, _Sum("direct", "branch", "branch_bias"))
-        elif node.target is OPERATORS["phase2_backward"]:
+        elif phase_of(node) == "phase2_backward":
             _sum_gradient(graph, node)
 
 

@@ -5,6 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from attnres_compile.kernels.cpp_library import NAMES
+
+
+def phase_of(node: fx.Node) -> str | None:
+    """Which function of the library a node calls: ``"phase1"``."""
+    if not isinstance(node.target, OpOverload):
+        return None
+    name = node.target._schema.name.removeprefix("attnres::cpp_")
+    return name if name in NAMES else None
 
 
 def arguments_of(call: fx.Node) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from attnres_compile.kernels import cpp_library, cpp_phases
+from attnres_compile.kernels import cpp_library
 from attnres_compile.passes.fuse_neighbours import fuse_neighbours
 from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.schedule_two_phase import Mix, schedule_two_phase
@@ -63,7 +63,7 @@ def implementation(mix: Mix, kernels: Kernels) -> Implementation:
         return "mix"
     if kernels == "triton" or device == "cuda":
         return "triton"
-    if device == "cpu" and mix.dim == -1 and source.dtype in cpp_phases.DTYPES:
+    if device == "cpu" and mix.dim == -1 and source.dtype in cpp_library.DTYPES:
         return "cpp"
     return "mix"
 

@@ -17,8 +17,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from attnres_compile.kernels.cpp_library import OPERATORS
-from attnres_compile.passes.cpp_calls import arguments_of, value_of
+from attnres_compile.passes.cpp_calls import arguments_of, phase_of, value_of
 
 _aten = torch.ops.aten
 _MAKE_ROOM = (_aten.empty_like.default, _aten.empty.memory_format)
@@ -26,7 +25,7 @@ _MAKE_ROOM = (_aten.empty_like.default, _aten.empty.memory_format)
 
 def write_in_place(graph: fx.Graph) -> None:
     """Rewrites, in place, a sorted ATen graph with the operators of ``cpp_library.py``."""
-    calls = [node for node in graph.nodes if node.target in OPERATORS.values()]
+    calls = [node for node in graph.nodes if phase_of(node) is not None]
     storages = _Storages(graph)
     for call in calls:
         for room, candidates in _results(call):
@@ -40,19 +39,19 @@ def write_in_place(graph: fx.Graph) -> None:
 def _results(call: fx.Node) -> Iterator[tuple[Any, list[Any]]]:
     """What a call writes to, and the arguments of which it has read a row before it writes it."""
     given = arguments_of(call)
-    if call.target is OPERATORS["complete"]:
+    if phase_of(call) == "complete":
         yield given["source"], [given["first"], given["second"]]
-    elif call.target is OPERATORS["complete_backward"]:
+    elif phase_of(call) == "complete_backward":
         yield given["grad"], [given["grad_source"]]
-    elif call.target is OPERATORS["phase1_backward"]:
+    elif phase_of(call) == "phase1_backward":
         carriers = dict(zip(given["arrived"], given["grad_carriers"], strict=True))
         for room, source in zip(given["grads"], given["wanted"], strict=True):
             yield room, [carriers.get(source)]
-    elif call.target is OPERATORS["phase2"]:
+    elif phase_of(call) == "phase2":
         yield given["partial"], [*given["direct"][-1:], given["branch"]]
         yield given["mixed"], [given["branch"], given["before"]]
         yield given["normed"], [given["branch"], given["before"]]
-    elif call.target is OPERATORS["phase2_backward"]:
+    elif phase_of(call) == "phase2_backward":
         rooms = dict(zip(given["wanted"], given["grads"], strict=True))
         yield rooms.get(given["count"] - 1), [given["grad_partial"]]
         yield given["grad_before"], [given["grad_normed"]]
@@ -94,7 +93,7 @@ class _Storages:
 
 def _may_alias(node: fx.Node) -> bool:
     """Whether a result may be in the memory of an argument. So it may where there is no schema."""
-    if node.op != "call_function" or node.target in OPERATORS.values():
+    if node.op != "call_function" or phase_of(node) is not None:
         return False
     if not isinstance(node.target, OpOverload) or node.target is _aten.reshape.default:
         return True

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnres_compile.errors import BackendError
-from attnres_compile.kernels import cpp_phases, phases
+from attnres_compile.kernels import cpp_library, phases
 from phase_cases import PhaseCase, by_phases
 from tolerances import relative_error
 
@@ -21,7 +21,7 @@ CASES = [
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 
 
-@pytest.mark.parametrize("dtype", cpp_phases.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cpp_library.DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_outputs_and_gradients_are_the_specifications(

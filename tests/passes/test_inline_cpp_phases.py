@@ -20,7 +20,7 @@ from attnres_compile.kernels.cpp_library import NAMES
 from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
 from tolerances import relative_error
 
-WRITING = {f"attnres.cpp_{name}.default" for name in NAMES}
+WRITING = {f"attnres.cpp_{name}.float32" for name in NAMES}
 PHASES = {f"attnres.{name}.default" for name in NAMES}
 
 
@@ -122,7 +122,7 @@ def test_a_graph_out_of_order_is_put_in_order() -> None:
     phase.prepend(reader)
     InlineCppPhases()(graph)
     order = [str(node.target) for node in graph.nodes]
-    assert order.index("attnres.cpp_complete.default") < order.index("aten.sin.default")
+    assert order.index("attnres.cpp_complete.float32") < order.index("aten.sin.default")
 
 
 @pytest.mark.parametrize(
