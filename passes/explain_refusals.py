@@ -304,10 +304,14 @@ def _walk_up_to_state(
             return crossed, None
         crossed.append(current)
         source = largest_part(current) if rearranged or changed else None
+        if source is not None and not is_tensor(source):  # one of several results, as in ATen
+            crossed.append(source)
+            source = largest_part(source)
         if source is not None:
             current = source
             continue
-        same = [a for a in ops.tensor_arguments(current) if shape_of(a) == shape_of(current)]
+        tensors = [each for each in ops.tensor_arguments(current) if is_tensor(each)]
+        same = [each for each in tensors if shape_of(each) == shape_of(current)]
         if not same:
             return crossed, None
         current = same[0] if len(same) == 1 else max(same, key=lambda a: len(a.users))
