@@ -21,8 +21,10 @@ LENGTHS = (3, 5, 7)
 PAD = 0
 DECODERS = [
     "llama",
-    "gpt2",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gemma3", "mixtral")),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("gpt2", "qwen3", "gemma3", "mixtral")
+    ),
 ]
 
 
