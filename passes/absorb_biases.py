@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.reference import arithmetic_dtype
-from attnres_compile.passes.cpp_calls import arguments_of, phase_of, set_argument, value_of
+from attnres_compile.passes.cpp_calls import arguments_of, phase_of, set_argument
+from attnres_compile.passes.graph_values import value_of
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default)
@@ -74,7 +75,8 @@ def _linear(result: fx.Node, reader: fx.Node) -> fx.Node | None:
         return None
     if pytree.tree_leaves(reader.args).count(result) > 1:
         return None
-    vector, value = value_of(linear.args[0]), value_of(result)
+    bias: Any = linear.args[0]
+    vector, value = value_of(bias), value_of(result)
     fits = vector.shape == value.shape[-1:] and vector.is_contiguous()
     same = vector.dtype == value.dtype == arithmetic_dtype(value.dtype)
     return linear if fits and same else None

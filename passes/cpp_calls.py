@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 from torch._ops import OpOverload
 
 from attnres_compile.kernels.cpp_library import NAMES
@@ -24,12 +24,6 @@ def arguments_of(call: fx.Node) -> dict[str, Any]:
 
 def set_argument(call: fx.Node, name: str, argument: Any) -> None:
     call.update_arg(_names(call).index(name), argument)
-
-
-def value_of(node: Any) -> Tensor:
-    """The example of what a node computes: its shape, strides and dtype."""
-    value: Tensor = node.meta["val"]
-    return value
 
 
 def _names(call: fx.Node) -> list[str]:

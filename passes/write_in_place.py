@@ -17,7 +17,8 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from attnres_compile.passes.cpp_calls import arguments_of, phase_of, value_of
+from attnres_compile.passes.cpp_calls import arguments_of, phase_of
+from attnres_compile.passes.graph_values import value_of
 
 _aten = torch.ops.aten
 _MAKE_ROOM = (_aten.empty_like.default, _aten.empty.memory_format)
@@ -103,4 +104,5 @@ def _may_alias(node: fx.Node) -> bool:
 def _alike(room: fx.Node, old: fx.Node) -> bool:
     """Whether a value fits into another's memory, row by row."""
     new, value = value_of(room), value_of(old)
-    return new.shape == value.shape and new.dtype == value.dtype and value.is_contiguous()
+    same = new.shape == value.shape and new.dtype == value.dtype
+    return bool(same and value.is_contiguous())
