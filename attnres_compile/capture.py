@@ -16,11 +16,13 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.export.graph_signature import InputKind
 
 from attnres_compile.errors import CaptureError
 from attnres_compile.huggingface import recording_outputs, without_cache_on_meta
-from attnres_compile.passes.graph_values import MODULE_CALLS, ModuleCall
+from attnres_compile.passes.graph_values import CONSTANT, MODULE_CALLS, WEIGHT, ModuleCall
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
+from attnres_compile.passes.unroll_loops import unroll_loops
 
 Route = Literal["dynamo", "export", "graph"]
 
@@ -93,7 +95,7 @@ def _capture_by_dynamo(
             f"{type(model).__name__}: the call computed nothing that can be traced; check that it "
             "is not already compiled or run under torch.compiler.disable."
         )
-    inline_checkpoints(captured[0])
+    open_bodies(captured[0])
     annotate_dynamo(captured[0], model)
     return captured[0]
 
@@ -106,8 +108,9 @@ def _capture_by_export(
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise capture_error(type(model).__name__, error) from error
-    annotate_export(program.graph_module)
     module: fx.GraphModule = program.graph_module
+    unroll_exported(module, program)
+    annotate_export(module)
     return module
 
 
@@ -141,6 +144,25 @@ def tracing(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
 
 
 _LOGGER_METHODS = ("debug", "info", "warning", "warning_once", "info_once", "error", "exception")
+
+
+def open_bodies(module: fx.GraphModule) -> None:
+    """Puts what Dynamo hides in graphs within a graph where the analysis sees it, in place."""
+    inline_checkpoints(module)
+    if unroll_loops(module):
+        inline_checkpoints(module)
+
+
+def unroll_exported(module: fx.GraphModule, program: torch.export.ExportedProgram) -> None:
+    """Unrolls the loops of a program's graph, or of a copy of that, in place."""
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in module.graph.find_nodes(op="placeholder"):
+        spec = specs[node.name]
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            node.meta[WEIGHT] = True
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            node.meta[CONSTANT] = program.constants[str(spec.target)]
+    unroll_loops(module)
 
 
 def annotate_dynamo(module: fx.GraphModule, root: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnres_compile.capture import capture_error, tracing
+from attnres_compile.capture import capture_error, tracing, unroll_exported
 from attnres_compile.errors import InputError
 from attnres_compile.inputs import infer_inputs
 from attnres_compile.kernels import ops as kernel_ops
@@ -61,6 +61,7 @@ def export(
         raise capture_error(type(converted).__name__, error) from error
     # A state that the program returns is named in its signature.
     with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        unroll_exported(program.graph_module, program)
         rewrite_export_graph(program.graph_module)
     program.validate()  # type: ignore[no-untyped-call]
     if decompose:

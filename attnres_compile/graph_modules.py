@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from attnres_compile.capture import Captured, annotate_export, annotate_symbolic
+from attnres_compile.capture import Captured, annotate_export, annotate_symbolic, unroll_exported
 from attnres_compile.config import AttnResConfig
 from attnres_compile.errors import AlreadyConvertedError, InputError
 from attnres_compile.inputs import infer_inputs
@@ -23,6 +23,7 @@ from attnres_compile.passes.identify_additions import identify_additions
 from attnres_compile.passes.redirect_reads import redirect_reads
 from attnres_compile.passes.rewrite_deltas import deltas_first, rewrite_deltas
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
+from attnres_compile.passes.unroll_loops import unroll_loops
 from attnres_compile.planning import plan_of_capture
 from attnres_compile.plans import ConversionPlan, PlannedStream
 from attnres_compile.stream_plans import stream_dtype
@@ -43,8 +44,10 @@ def plan_graph(
         AlreadyConvertedError: the graph has our mixes.
     """
     if isinstance(module, torch.export.ExportedProgram):
-        annotate_export(module.graph_module)
-        return _plan(module.graph_module, module.graph_module, config)
+        copied = fx.GraphModule(module.graph_module, copy.deepcopy(module.graph))
+        unroll_exported(copied, module)
+        annotate_export(copied)
+        return _plan(copied, module.graph_module, config)
     return _plan(_annotated_copy(module, args, kwargs), module, config)
 
 
@@ -91,6 +94,9 @@ def convert_exported(
     """
     converted = copy.deepcopy(program)
     module = converted.graph_module
+    # A result of a loop that the program returns is named in its signature.
+    with module._set_replace_hook(converted.graph_signature.get_replace_hook()):
+        unroll_exported(module, converted)
     annotate_export(module)
     planned = _plan(module, module, config)
     planned.require_streams()
@@ -132,6 +138,7 @@ def _annotated_copy(
     copied.train(module.training)
     if any(value_of(n) is None for n in copied.graph.nodes if n.op.startswith("call")):
         _propagate(copied, args, dict(kwargs or {}))
+    unroll_loops(copied)
     annotate_symbolic(copied)
     return copied
 

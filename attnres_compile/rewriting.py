@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from attnres_compile.capture import annotate_dynamo, annotate_export
+from attnres_compile.capture import annotate_dynamo, annotate_export, open_bodies
 from attnres_compile.errors import MismatchError
 from attnres_compile.layout import OwnerLayout, StreamLayout
 from attnres_compile.module import live_owner, live_owners
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import module_path
 from attnres_compile.passes.identify_additions import identify_additions
-from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 from attnres_compile.passes.redirect_reads import redirect_reads
 from attnres_compile.passes.rewrite_deltas import deltas_first, rewrite_deltas
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
@@ -59,7 +58,7 @@ def rewrite_dynamo_graph(module: fx.GraphModule, owner: nn.Module | None) -> int
     Raises:
         MismatchError: the graph does not hold exactly the sites of the plan.
     """
-    inline_checkpoints(module)
+    open_bodies(module)
 
     def enter(marker: fx.Node) -> Callable[[fx.Node], bool]:
         stack = marker.meta.get("nn_module_stack") or {}

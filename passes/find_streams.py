@@ -23,10 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
-from torch._ops import HigherOrderOperator
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow, Read, Reads
+from attnres_compile.passes.explain_bodies import explain_bodies
 from attnres_compile.passes.explain_refusals import (
     explain_altered_skips,
     explain_fused_additions,
@@ -74,7 +74,8 @@ def find_streams(
     refused = found.refused
     if refused and not delta_sources:
         refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
-    others = [*explain_fused_additions(view, found.reads), *_inside_operators(graph)]
+    others = explain_fused_additions(view, found.reads)
+    others += explain_bodies(graph, _number_of_additions)
     return StreamAnalysis(tuple(found.streams), (*refused.values(), *others))
 
 
@@ -128,30 +129,10 @@ def _find(
     return _Found(reads, streams, refused, plain)
 
 
-def _inside_operators(graph: fx.Graph) -> list[Refusal]:
-    """Residual additions in the bodies of loops and branches, which are not entered."""
-    refusals = []
-    for node in graph.nodes:
-        if not isinstance(node.target, HigherOrderOperator):
-            continue
-        name = str(node.target)
-        for body in _bodies(node):
-            inner = find_streams(body.graph)
-            number = sum(len(s.additions) for s in inner.streams) + len(inner.refusals)
-            reason = (
-                f"the residual addition stands in the body of {name}, which is not entered; write "
-                "the loop or branch in Python, so that each turn has sites of its own"
-            )
-            refusal = Refusal("inner-graph", reason, module_path(node), source_line(node))
-            refusals += [refusal] * number
-    return refusals
-
-
-def _bodies(node: fx.Node) -> list[fx.GraphModule]:
-    owner = node.graph.owning_module
-    attributes = [a for a in node.all_input_nodes if a.op == "get_attr"]
-    found = [getattr(owner, str(attribute.target), None) for attribute in attributes]
-    return [body for body in found if isinstance(body, fx.GraphModule)]
+def _number_of_additions(graph: fx.Graph) -> int:
+    """How many additions of a graph are residual, converted or refused."""
+    found = find_streams(graph)
+    return sum(len(stream.additions) for stream in found.streams) + len(found.refusals)
 
 
 def _accepted_additions(

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._dynamo.source import is_from_unspecialized_param_buffer_source
 
 MODULE_CALLS = "attnres_module_calls"
 """Key of `node.meta` under which capture records the module calls around a node."""
 
 SOURCE = "attnres_source"
 """Key of `node.meta` for a graph that knows its nodes by names, and no lines of a program."""
+
+WEIGHT = "attnres_weight"
+"""Key of `node.meta` of a placeholder that stands for a parameter or buffer of an export."""
+
+CONSTANT = "attnres_constant"
+"""Key of `node.meta` of a placeholder for the tensor that an export lifted out of the program."""
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
@@ -40,6 +47,19 @@ def value_of(node: fx.Node) -> Any:
 
 def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and hasattr(value_of(node), "dtype")
+
+
+def is_weight(node: fx.Node) -> bool:
+    """A parameter or buffer of the model, whatever holds it; not an input of the call."""
+    if node.op != "placeholder":
+        return node.op == "get_attr"
+    source = getattr(node, "_dynamo_source", None)
+    return (
+        WEIGHT in node.meta
+        or CONSTANT in node.meta
+        or isinstance(value_of(node), nn.Parameter)
+        or (source is not None and is_from_unspecialized_param_buffer_source(source))
+    )
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:

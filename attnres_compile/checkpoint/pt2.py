@@ -112,12 +112,9 @@ def convert_file(
 
 def plan_file(source: Path, config: AttnResConfig) -> ConversionPlan:
     """What `convert_file` would do."""
-    from attnres_compile.capture import Captured, annotate_export
-    from attnres_compile.planning import plan_of_capture
+    from attnres_compile.planning import plan
 
-    module = read_program(source).graph_module
-    annotate_export(module)
-    return plan_of_capture(Captured(module, "graph"), module, config, owner="")
+    return plan(read_program(source), config=config)
 
 
 def strip_file(source: Path, target: Path, *, overwrite: bool) -> None:

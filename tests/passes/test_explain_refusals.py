@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops import while_loop
-from torch._higher_order_ops.scan import scan
 
 from passes_helpers import ROUTES, Body, analyse, depths, images, refused, twice
 
@@ -250,46 +248,22 @@ def test_a_refusal_says_where() -> None:
     assert refusal.source.startswith("test_explain_refusals.py:")
 
 
-# Bodies of loops and branches are not entered.
+# Bodies of branches are not entered. (Those of loops: test_unroll_loops.py.)
 
 
-def in_a_scan(m: Any, x: Tensor) -> Tensor:
-    def step(state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        state = state + F.layer_norm(state, (8,)) @ weight
-        return state, state.sum()
+def in_a_branch(m: Any, x: Tensor) -> Tensor:
+    def one(x: Tensor) -> Tensor:
+        return x + m.f(m.norm(x))
 
-    return scan(step, x, torch.stack((m.f.weight, m.g.weight)))[0]
-
-
-def in_a_while_loop(m: Any, x: Tensor) -> Tensor:
-    def body(turn: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return turn + 1, state + m.g(torch.relu(m.f(state)))
-
-    return while_loop(lambda turn, state: turn < 3, body, (torch.tensor(0), x))[1]
-
-
-def sums_in_a_scan(m: Any, x: Tensor) -> Tensor:
-    """A recurrence, not a residual addition: what is added does not depend on the state."""
-
-    def step(state: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        state = state + value
-        return state, state.sum()
-
-    return scan(step, x, torch.stack((m.f(x), m.g(x))))[0]
+    return torch.cond(x.sum() > 0, one, lambda x: x.clone(), (x,))
 
 
 @pytest.mark.parametrize("route", ["dynamo", "export"])
-@pytest.mark.parametrize("body", [in_a_scan, in_a_while_loop])
-def test_an_addition_in_the_body_of_a_loop_is_refused(body: Body, route: str) -> None:
-    found = analyse(body, route=route)
+def test_an_addition_in_the_body_of_a_branch_is_refused(route: str) -> None:
+    found = analyse(in_a_branch, route=route)
     assert not found.streams
     assert refused(found) == ["inner-graph"]
-    assert body.__name__.removeprefix("in_a_") in found.refusals[0].reason
-
-
-@pytest.mark.parametrize("route", ["dynamo", "export"])
-def test_a_sum_in_the_body_of_a_loop_is_none(route: str) -> None:
-    assert not refused(analyse(sums_in_a_scan, route=route))
+    assert "in the body of cond, which is not entered" in found.refusals[0].reason
 
 
 # Streams of one sublayer: what on the carrier cuts them off from the others.

@@ -1,0 +1,162 @@
+"""What a scan or while_loop in a graph repeats, and how often.
+
+The depth of a model does not depend on its inputs. So the trip count of a loop is known where a
+`scan` runs over weights (or over what is made without the inputs, as ``torch.arange(layers)`` is),
+and where a `while_loop` counts: its condition follows from carried numbers that start from
+constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from attnres_compile.passes import operations as ops
+from attnres_compile.passes.graph_bodies import body_of
+from attnres_compile.passes.graph_values import CONSTANT, is_weight, shape_of, value_of
+
+MOST_TRIPS = 1000
+_RANDOM = frozenset(
+    "rand randn randint randperm bernoulli normal multinomial poisson empty".split()
+)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One call of `scan` or `while_loop`.
+
+    Attributes:
+        call: the node; its results are the carried values, then a scan's outputs, stacked.
+        body: what an iteration computes, of its carried values, slices and captured values.
+        carried: what the carried values start from.
+        stacked: what a scan takes a slice of in every iteration.
+        captured: what every iteration gets as it is.
+        condition: of a while_loop: whether another iteration follows, of the arguments of the body.
+    """
+
+    call: fx.Node
+    body: fx.GraphModule
+    carried: tuple[Any, ...]
+    stacked: tuple[fx.Node, ...]
+    captured: tuple[Any, ...]
+    condition: fx.GraphModule | None
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders of the body."""
+        return self.body.graph.find_nodes(op="placeholder")
+
+    @property
+    def results(self) -> list[Any]:
+        """What an iteration returns: the carried values, then a scan's outputs."""
+        return list(self.body.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def is_loop(node: fx.Node) -> bool:
+    return node.target in (torch.ops.higher_order.scan, torch.ops.higher_order.while_loop)
+
+
+def loop_of(module: fx.GraphModule, call: fx.Node) -> Loop:
+    """The parts of a call for which `is_loop` holds."""
+    arguments: list[Any] = list(call.args)
+    if call.target is torch.ops.higher_order.scan:
+        body, carried, stacked, captured = arguments
+        return Loop(call, body_of(module, body), (*carried,), (*stacked,), (*captured,), None)
+    condition, body, carried, captured = arguments
+    checked = body_of(module, condition)
+    return Loop(call, body_of(module, body), (*carried,), (), (*captured,), checked)
+
+
+def trip_count(loop: Loop) -> int | str:
+    """How often the body runs, whatever the inputs are; or why that is not known."""
+    if loop.condition is not None:
+        return _counted_trips(loop, loop.condition)
+    if not any(_is_made_of_weights(each) for each in loop.stacked):
+        return "runs over a dimension of the inputs, whose size is not a depth of the model"
+    trips = shape_of(loop.stacked[0])[0]
+    return trips if trips <= MOST_TRIPS else f"takes {trips} iterations, more than {MOST_TRIPS}"
+
+
+def _is_made_of_weights(node: fx.Node) -> bool:
+    """Whether no input of the model has a part in a value."""
+    pending = [node]
+    for current in pending:
+        if current.op == "placeholder" and not is_weight(current):
+            return False
+        pending += [each for each in current.all_input_nodes if each not in pending]
+    return True
+
+
+class _NotConstantError(Exception):
+    """A value that depends on the inputs, on a weight or on chance; says which."""
+
+
+def _counted_trips(loop: Loop, condition: fx.GraphModule) -> int | str:
+    """Runs the carried numbers that the condition depends on, and nothing else."""
+    another = condition.graph.output_node().args[0]
+    condition_inputs = condition.graph.find_nodes(op="placeholder")
+    counters = _counters(loop, condition_inputs, another)
+    starts = [*loop.carried, *loop.captured]
+    try:
+        with torch.no_grad(), unset_fake_temporarily():
+            values = {i: _evaluate(starts[i], {}) for i in sorted(counters)}
+            for trips in range(MOST_TRIPS + 1):
+                if not _evaluate(another, {condition_inputs[i]: v for i, v in values.items()}):
+                    return trips
+                known = {loop.inputs[i]: value for i, value in values.items()}
+                carried = [i for i in values if i < len(loop.carried)]
+                values |= {i: _evaluate(loop.results[i], known) for i in carried}
+    except _NotConstantError as unknown:
+        return f"takes a number of iterations that depends on {unknown}"
+    return f"takes more than {MOST_TRIPS} iterations"
+
+
+def _counters(loop: Loop, condition_inputs: list[fx.Node], another: Any) -> set[int]:
+    """The positions of the carried and captured values that the condition depends on."""
+    found = {condition_inputs.index(each) for each in _inputs_of([another])}
+    pending = list(found)
+    for position in pending:
+        if position < len(loop.carried):
+            before = {loop.inputs.index(each) for each in _inputs_of([loop.results[position]])}
+            pending += before - found
+            found |= before
+    return found
+
+
+def _inputs_of(values: Iterable[Any]) -> set[fx.Node]:
+    pending = [value for value in values if isinstance(value, fx.Node)]
+    for current in pending:
+        pending += [each for each in current.all_input_nodes if each not in pending]
+    return {node for node in pending if node.op == "placeholder"}
+
+
+def _evaluate(value: Any, known: Mapping[fx.Node, Any]) -> Any:
+    """The number behind a node, which is computed from constants and what is `known`."""
+    if not isinstance(value, fx.Node):
+        return value
+    if value in known:
+        return known[value]
+    if CONSTANT in value.meta:
+        return value.meta[CONSTANT]
+    if not value.op.startswith("call") or not callable(_function(value)):
+        raise _NotConstantError(f"{'a weight' if is_weight(value) else 'an input'}, {value.name!r}")
+    if ops.operation(value) in _RANDOM or not _is_one_number(value_of(value)):
+        raise _NotConstantError(f"the result of {ops.operation(value)!r}")
+    args = fx.node.map_arg(value.args, lambda node: _evaluate(node, known))
+    kwargs = fx.node.map_arg(value.kwargs, lambda node: _evaluate(node, known))
+    return _function(value)(*args, **kwargs)
+
+
+def _function(node: fx.Node) -> Any:
+    if node.op == "call_method":
+        return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
+    return node.target
+
+
+def _is_one_number(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.numel() == 1
