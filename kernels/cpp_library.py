@@ -14,6 +14,7 @@ caches.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -97,6 +98,25 @@ def prepare(dtype: torch.dtype) -> None:
         for name in NAMES
     ]
     CppCodeCache.load("\n".join([*source, "}"]), extra_flags=_FLAGS)
+
+
+@cache
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether there is a library for streams of `dtype`; a missing compiler is told once."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    if dtype not in DTYPES:
+        return False
+    try:
+        prepare(dtype)
+    except (CppCompileError, InvalidCxxCompiler) as error:
+        warnings.warn(
+            f"mixes on the CPU run in plain PyTorch, which takes several times as long: there is "
+            f"no C++ compiler that works ({type(error).__name__}); install g++ or clang.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _wrapper(name: str) -> str:

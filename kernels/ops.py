@@ -1,8 +1,9 @@
 """The operators ``attnres::mix`` and ``attnres::mix_backward``, registered with PyTorch.
 
 Being operators they are one node each in any graph, whatever captured it, and a pass can find and
-lower them. What is registered here is their schema, an implementation in plain PyTorch for every
-device, shapes for tracing, and the gradient. ``reference.py`` is the specification.
+lower them. What is registered here is their schema, shapes for tracing, the gradient, and two
+implementations: the one pass of the C++ library for rows on a CPU, and plain PyTorch for all else,
+or everywhere with ``kernels="reference"``. ``reference.py`` is the specification.
 
 The backward pass keeps references to the sources and two scalars per source and token, the logit
 and the inverse RMS of the source; nothing of the size of a source. With ``w = query * gain``,
@@ -104,10 +105,18 @@ def _attend(
 
 
 def _mix_eagerly(
-    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
+    sources: Sequence[Tensor],
+    query: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    count: bool,
+    dim: int,
+    kernels: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_arguments(sources, query, gain, dim)
     with _without_autocast(query):
+        if _is_for_cpp(sources[0], dim, kernels):
+            return _mix_in_cpp(sources, query, gain, eps, count)
         coefficients, logits, inverse_rms = _attend(sources, query, gain, eps, count, dim)
         # One accumulator instead of a stack: each source is read where it lies.
         mixed = torch.zeros_like(sources[0], dtype=logits.dtype)
@@ -116,20 +125,47 @@ def _mix_eagerly(
         return mixed.to(sources[0].dtype), logits, inverse_rms
 
 
+def _mix_in_cpp(
+    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from attnres_compile.kernels import cpp_phases
+
+    weight = _effective_query(query, gain, arithmetic_dtype(sources[0].dtype))
+    factor = float(len(sources)) if count else 1.0
+    alone = (factor, "none", None, None, 0.0, None, True, -1)  # no norm, channels last
+    _, mixed, _, saved = cpp_phases.phase2(None, None, sources, (), weight, eps, *alone)
+    logits, inverse_rms = (part.clone() for part in saved.split(len(sources)))
+    return mixed, logits, inverse_rms
+
+
+def _is_for_cpp(source: Tensor, dim: int, kernels: str) -> bool:
+    if kernels != "auto" or source.device.type != "cpu" or _from_the_end(dim, source) != -1:
+        return False
+    from attnres_compile.kernels import cpp_library
+
+    return cpp_library.is_available(source.dtype)
+
+
 _mix = torch.library.custom_op(
     "attnres::mix",
     _mix_eagerly,
     mutates_args=(),
     schema=(
-        "(Tensor[] sources, Tensor query, Tensor? gain, float eps, bool count, int dim)"
-        " -> (Tensor mixed, Tensor logits, Tensor inverse_rms)"
+        "(Tensor[] sources, Tensor query, Tensor? gain, float eps, bool count, int dim,"
+        " str kernels='auto') -> (Tensor mixed, Tensor logits, Tensor inverse_rms)"
     ),
 )
 
 
 @_mix.register_fake
 def _mix_fake(
-    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
+    sources: Sequence[Tensor],
+    query: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    count: bool,
+    dim: int,
+    kernels: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_arguments(sources, query, gain, dim)
     first = sources[0]
@@ -144,7 +180,7 @@ def _mix_fake(
     mutates_args=(),
     schema=(
         "(Tensor grad, Tensor[] sources, Tensor weight, Tensor logits, Tensor inverse_rms,"
-        " bool count, int dim, int[] wanted, bool wants_weight) -> Tensor[]"
+        " bool count, int dim, int[] wanted, bool wants_weight, str kernels='auto') -> Tensor[]"
     ),
 )
 def _mix_backward(
@@ -157,12 +193,21 @@ def _mix_backward(
     dim: int,
     wanted: Sequence[int],
     wants_weight: bool,
+    kernels: str = "auto",
 ) -> list[Tensor]:
     """The gradients of the sources ``wanted`` and then, if ``wants_weight``, that of ``weight``.
 
     ``weight`` is [D], the query times the gain, in the arithmetic dtype, and so is its gradient.
     """
     with _without_autocast(grad):
+        if _is_for_cpp(grad, dim, kernels):
+            from attnres_compile.kernels import cpp_phases
+
+            saved = torch.cat([logits, inverse_rms])
+            factor = float(len(sources)) if count else 1.0
+            of_mix = (None, grad, None, None, None, sources, None, weight, factor, "none", None)
+            which = (False, wanted, wants_weight, False, False)
+            return cpp_phases.phase2_backward(*of_mix, saved, -1, *which)
         dim = _from_the_end(dim, grad)
         grad = grad.to(logits.dtype)
         product = torch.empty_like(grad)  # one temporary for all sources
@@ -200,13 +245,14 @@ def _mix_backward_fake(
     dim: int,
     wanted: Sequence[int],
     wants_weight: bool,
+    kernels: str = "auto",
 ) -> list[Tensor]:
     grads = [torch.empty_like(sources[i]) for i in wanted]
     return [*grads, torch.empty_like(weight)] if wants_weight else grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sources, query, gain, _, ctx.count, ctx.dim = inputs
+    sources, query, gain, _, ctx.count, ctx.dim, ctx.kernels = inputs
     _, logits, inverse_rms = output
     ctx.mark_non_differentiable(logits, inverse_rms)
     ctx.set_materialize_grads(False)
@@ -218,7 +264,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     query, gain, logits, inverse_rms, *sources = ctx.saved_tensors
     grad_sources: list[Tensor | None] = [None] * len(sources)
     if grad is None:
-        return grad_sources, None, None, None, None, None
+        return grad_sources, None, None, None, None, None, None
     wanted = [i for i, needed in enumerate(needs_sources) if needed]
     grads = torch.ops.attnres.mix_backward(
         grad,
@@ -230,12 +276,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         ctx.dim,
         wanted,
         needs_query or needs_gain,
+        ctx.kernels,
     )
     for i, grad_source in zip(wanted, grads, strict=False):
         grad_sources[i] = grad_source
     grad_query = _effective_query(grads[-1], gain, logits.dtype) if needs_query else None
     grad_gain = grads[-1] * query.to(logits.dtype) if needs_gain else None
-    return grad_sources, _cast(grad_query, query), _cast(grad_gain, gain), None, None, None
+    vectors = (_cast(grad_query, query), _cast(grad_gain, gain))
+    return grad_sources, *vectors, None, None, None, None
 
 
 def _second_backward(*_: object) -> None:

@@ -48,6 +48,9 @@ def lower(graph: fx.Graph, kernels: Kernels) -> None:
         BackendError: kernels="triton" for tensors on a CPU outside of Triton's interpreter, or a
             C++ library that cannot be compiled.
     """
+    if kernels == "reference":
+        _leave_to_pytorch(graph)
+        return
     schedule_two_phase(graph, lambda mix: implementation(mix, kernels) != "mix")
     fuse_neighbours(graph)
     for node in graph.nodes:
@@ -59,13 +62,17 @@ def implementation(mix: Mix, kernels: Kernels) -> Implementation:
     """Who computes a mix: the table above."""
     source = value_of(mix.sources[0])
     device = source.device.type
-    if kernels == "reference":
-        return "mix"
     if kernels == "triton" or device == "cuda":
         return "triton"
     if device == "cpu" and mix.dim == -1 and source.dtype in cpp_library.DTYPES:
         return "cpp"
     return "mix"
+
+
+def _leave_to_pytorch(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target in (torch.ops.attnres.mix, torch.ops.attnres.mix.default):
+            node.update_kwarg("kernels", "reference")
 
 
 def _assign(node: fx.Node, kernels: Kernels) -> None:
