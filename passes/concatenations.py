@@ -30,6 +30,8 @@ def concatenated_part(node: fx.Node) -> list[fx.Node] | None:
     if len(path) == 1 or ops.operation(joined) != "cat" or joined.op != "call_function":
         return None
     parts = ops.argument(joined, 0, "tensors")
+    if not isinstance(parts, list | tuple):
+        return None  # all results of one operator, as chunk: none of them is a node
     dim = ops.argument(joined, 1, "dim", 0) % len(shape_of(joined))
     # Where a view of a dense tensor starts tells which elements it has.
     whole = torch.empty(shape_of(joined), device="meta")
@@ -40,6 +42,8 @@ def concatenated_part(node: fx.Node) -> list[fx.Node] | None:
         return None
     start = 0
     for part in parts:
+        if len(shape_of(part)) < len(shape_of(joined)):
+            continue  # torch.tensor([]), as empty caches start, joins anything and adds nothing
         same = cut.storage_offset() == start * whole.stride(dim) and cut.shape == shape_of(part)
         if same and dtype_of(part) == dtype_of(joined):
             return [*path[1:], part]

@@ -87,7 +87,8 @@ def schedule_two_phase(graph: fx.Graph, admits: Callable[[Mix], bool] = lambda _
         admits: which mixes to schedule; all others stay as they are.
     """
     for stream in _streams(graph, admits):
-        blocks = find_blocks(stream)
+        # Read anew: what streams before have become may be sources of this one.
+        blocks = find_blocks([_read(mix.node) for mix in stream])
         apart = [block for block in blocks if not block.in_two_phases]
         together = [block for block in blocks if block.in_two_phases]
         start = _first_computation(graph)
@@ -124,14 +125,21 @@ def find_blocks(mixes: Sequence[Mix]) -> list[Block]:
 
 
 def _streams(graph: fx.Graph, admits: Callable[[Mix], bool]) -> list[list[Mix]]:
-    streams: dict[tuple[fx.Node, float, int], list[Mix]] = {}
+    """Mixes by their streams; none is a source of another that stands with it.
+
+    So it would be in ``x + g(x)`` where g is itself a stream, which starts at x and ends in a mix.
+    """
+    streams: dict[tuple[tuple[fx.Node, float, int], int], list[Mix]] = {}
+    depths: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.target in (torch.ops.attnres.mix, torch.ops.attnres.mix.default):
             mix = _read(node)
+            inner = [made for source in mix.sources for made in source.all_input_nodes]
+            depths[node] = max((depths[m] + 1 for m in inner if m in depths), default=0)
             plain = all(u.target is operator.getitem and u.args[1] == 0 for u in node.users)
             if plain and admits(mix):
-                streams.setdefault(mix.form, []).append(mix)
-    return list(streams.values())
+                streams.setdefault((mix.form, depths[node]), []).append(mix)
+    return [streams[key] for key in sorted(streams, key=lambda key: key[1])]
 
 
 def _read(node: fx.Node) -> Mix:

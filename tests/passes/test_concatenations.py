@@ -62,6 +62,32 @@ def test_slices_that_are_a_part(body: Body, part: str, route: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("start", "part"), [(0, "f"), (4, "g"), (2, None)])
+def test_a_part_behind_an_empty_one(start: int, part: str | None, route: str) -> None:
+    """Caches start as ``torch.tensor([])``, of one dimension whatever it is joined with."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return torch.cat([m.scale[:0], m.f(x), m.g(x)], 1)[:, start : start + 4]
+
+    found = concatenated_part(result(body, route))
+    if part is None:
+        assert found is None
+    else:
+        assert found is not None
+        order = [node for node in found[-1].graph.nodes if node in found[-2].args[0]]
+        assert order.index(found[-1]) == "-fg".index(part)
+
+
+def test_all_results_of_one_operator() -> None:
+    """A symbolic trace does not take them apart, so that no part has a node of its own."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return torch.cat(torch.chunk(m.f(x), 2, 1), 1)[:, :2]
+
+    assert concatenated_part(result(body)) is None
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("body", NO_PARTS.values(), ids=NO_PARTS)
 def test_slices_that_are_none(body: Body, route: str) -> None:
     assert concatenated_part(result(body, route)) is None

@@ -150,6 +150,32 @@ def test_two_streams_do_not_share_blocks() -> None:
     assert (count(graph, "phase1"), count(graph, "complete")) == (2, 6)
 
 
+@pytest.mark.parametrize("root", ["its own", "the other's"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_mix_is_a_source_of_another_stream(root: str, fuse: bool) -> None:
+    """As in ``x + g(x)`` where g is a stream that starts at x, or at another value."""
+
+    def nested(t: Tensors) -> Tensor:
+        outer = t["root"]
+        start = outer if root == "the other's" else torch.tanh(outer)
+        sources = [outer]
+        for group in range(3):
+            inner = [start]
+            for k in range(2):
+                mixed = attnres(inner, t[f"query{2 * group + k}"])
+                inner.append(torch.tanh(mixed) * t[f"branch{2 * group + k}"])
+            sources.append(attnres(inner, t[f"query{group}"]))
+        return attnres(sources, t["query6"]) * attnres(sources, t["query7"])
+
+    def change(graph: fx.Graph) -> None:
+        schedule_two_phase(graph)
+        if fuse:
+            fuse_neighbours(graph)
+
+    graph = assert_unchanged_values(nested, tensors(7), change)
+    assert (count(graph, "mix"), count(graph, "phase2")) == (0, 11)
+
+
 def test_a_graph_without_mixes_stays() -> None:
     def change(graph: fx.Graph) -> None:
         before = len(graph.nodes)
