@@ -11,7 +11,7 @@ from torch import nn
 from attnres_compile.capture import capture_error, tracing, unroll_exported
 from attnres_compile.errors import InputError
 from attnres_compile.inputs import infer_inputs
-from attnres_compile.kernels import ops as kernel_ops
+from attnres_compile.kernels import plain_mix
 from attnres_compile.module import is_converted
 from attnres_compile.rewriting import rewrite_export_graph
 
@@ -66,6 +66,6 @@ def export(
     program.validate()  # type: ignore[no-untyped-call]
     if decompose:
         table = torch.export.default_decompositions()
-        table[torch.ops.attnres.mix.default] = kernel_ops.decomposition
+        table[torch.ops.attnres.mix.default] = plain_mix.decomposition
         program = program.run_decompositions(table)
     return program

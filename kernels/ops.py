@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from attnres_compile.errors import InputError
+from attnres_compile.kernels import plain_mix
+from attnres_compile.kernels.plain_mix import effective_query, from_the_end
 from attnres_compile.kernels.reference import Aggregate, arithmetic_dtype
 
 
@@ -54,56 +56,6 @@ def mix(
     return mixed
 
 
-def decomposition(
-    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``attnres::mix`` spelled in operators of PyTorch's own; differentiable.
-
-    For exported programs that have to run without this package::
-
-        program.run_decompositions({torch.ops.attnres.mix.default: decomposition})
-
-    Args:
-        sources: N tensors of one shape, dtype and device.
-        query: [D].
-        gain: [D] or None.
-        eps: added to the mean squares.
-        count: multiply the mix by N (``aggregate="sum"``).
-        dim: the channel dimension.
-
-    Returns:
-        The mix (like ``sources[0]``), and logits and inverse RMS, both [N, *tokens] in the
-        arithmetic dtype.
-    """
-    # Cast once, so that the gradients of both uses of a value are added before they are rounded.
-    values = [source.to(arithmetic_dtype(source.dtype)) for source in sources]
-    coefficients, logits, inverse_rms = _attend(values, query, gain, eps, count, dim)
-    mixed = values[0] * coefficients[0]
-    for value, coefficient in zip(values[1:], coefficients[1:], strict=True):
-        mixed = mixed + value * coefficient
-    return mixed.to(sources[0].dtype), logits, inverse_rms
-
-
-def _attend(
-    sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool, dim: int
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """What to multiply each source by, and the logits and inverse RMS that this comes from."""
-    dtype = arithmetic_dtype(sources[0].dtype)
-    weight = _effective_query(query, gain, dtype)
-    dim = _from_the_end(dim, sources[0])
-    squares, projections = [], []
-    for source in sources:
-        value = source.to(dtype)
-        squares.append(_sum_of_squares(value, dim))
-        projections.append(_project(value, weight, dim))
-    inverse_rms = torch.rsqrt(torch.stack(squares) / sources[0].shape[dim] + eps)
-    logits = torch.stack(projections) * inverse_rms
-    coefficients = torch.softmax(logits, dim=0).unsqueeze(dim)
-    if count:
-        coefficients = coefficients * len(sources)
-    return coefficients.unbind(), logits, inverse_rms
-
-
 def _mix_eagerly(
     sources: Sequence[Tensor],
     query: Tensor,
@@ -117,12 +69,7 @@ def _mix_eagerly(
     with _without_autocast(query):
         if _is_for_cpp(sources[0], dim, kernels):
             return _mix_in_cpp(sources, query, gain, eps, count)
-        coefficients, logits, inverse_rms = _attend(sources, query, gain, eps, count, dim)
-        # One accumulator instead of a stack: each source is read where it lies.
-        mixed = torch.zeros_like(sources[0], dtype=logits.dtype)
-        for source, coefficient in zip(sources, coefficients, strict=True):
-            mixed.addcmul_(source.to(logits.dtype), coefficient)
-        return mixed.to(sources[0].dtype), logits, inverse_rms
+        return plain_mix.mix(sources, query, gain, eps, count, dim)
 
 
 def _mix_in_cpp(
@@ -130,16 +77,16 @@ def _mix_in_cpp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from attnres_compile.kernels import cpp_phases
 
-    weight = _effective_query(query, gain, arithmetic_dtype(sources[0].dtype))
+    weight = effective_query(query, gain, arithmetic_dtype(sources[0].dtype))
     factor = float(len(sources)) if count else 1.0
     alone = (factor, "none", None, None, 0.0, None, True, -1)  # no norm, channels last
     _, mixed, _, saved = cpp_phases.phase2(None, None, sources, (), weight, eps, *alone)
-    logits, inverse_rms = (part.clone() for part in saved.split(len(sources)))
-    return mixed, logits, inverse_rms
+    number = len(sources)
+    return mixed, saved[:number].clone(), saved[number:].clone()
 
 
 def _is_for_cpp(source: Tensor, dim: int, kernels: str) -> bool:
-    if kernels != "auto" or source.device.type != "cpu" or _from_the_end(dim, source) != -1:
+    if kernels != "auto" or source.device.type != "cpu" or from_the_end(dim, source) != -1:
         return False
     from attnres_compile.kernels import cpp_library
 
@@ -208,30 +155,9 @@ def _mix_backward(
             of_mix = (None, grad, None, None, None, sources, None, weight, factor, "none", None)
             which = (False, wanted, wants_weight, False, False)
             return cpp_phases.phase2_backward(*of_mix, saved, -1, *which)
-        dim = _from_the_end(dim, grad)
-        grad = grad.to(logits.dtype)
-        product = torch.empty_like(grad)  # one temporary for all sources
-        slopes = torch.stack([torch.mul(grad, source, out=product).sum(dim) for source in sources])
-        del product
-        alphas = torch.softmax(logits, dim=0)
-        coefficients = alphas * len(sources) if count else alphas
-        grad_logits = coefficients * (slopes - (alphas * slopes).sum(dim=0))
-        towards_weight = grad_logits * inverse_rms
-        towards_source = towards_weight * inverse_rms * logits / -grad.shape[dim]
-
-        grads = []
-        for i in wanted:
-            total = torch.empty_like(sources[i], dtype=grad.dtype)
-            torch.mul(grad, coefficients[i].unsqueeze(dim), out=total)
-            total.addcmul_(sources[i].to(grad.dtype), towards_source[i].unsqueeze(dim))
-            total.addcmul_(_along(weight, dim), towards_weight[i].unsqueeze(dim))
-            grads.append(total.to(sources[i].dtype))
-        if wants_weight:
-            grad_weight = torch.zeros_like(weight)
-            for source, coefficient in zip(sources, towards_weight.unbind(), strict=True):
-                grad_weight += _sum_over_tokens(source.to(grad.dtype), coefficient, dim)
-            grads.append(grad_weight)
-        return grads
+        return plain_mix.mix_backward(
+            grad, sources, weight, logits, inverse_rms, count, dim, wanted, wants_weight
+        )
 
 
 @_mix_backward.register_fake
@@ -269,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     grads = torch.ops.attnres.mix_backward(
         grad,
         sources,
-        _effective_query(query, gain, logits.dtype),
+        effective_query(query, gain, logits.dtype),
         logits,
         inverse_rms,
         ctx.count,
@@ -280,7 +206,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     )
     for i, grad_source in zip(wanted, grads, strict=False):
         grad_sources[i] = grad_source
-    grad_query = _effective_query(grads[-1], gain, logits.dtype) if needs_query else None
+    grad_query = effective_query(grads[-1], gain, logits.dtype) if needs_query else None
     grad_gain = grads[-1] * query.to(logits.dtype) if needs_gain else None
     vectors = (_cast(grad_query, query), _cast(grad_gain, gain))
     return grad_sources, *vectors, None, None, None, None
@@ -347,11 +273,6 @@ def _check_vector(name: str, vector: Tensor, source: Tensor, dim: int) -> None:
         )
 
 
-def _effective_query(query: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-    query = query.to(dtype)
-    return query if gain is None else query * gain.to(dtype)
-
-
 def _cast(grad: Tensor | None, like: Tensor) -> Tensor | None:
     return None if grad is None else grad.to(like.dtype)
 
@@ -362,40 +283,3 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
-
-
-def _from_the_end(dim: int, source: Tensor) -> int:
-    """``dim`` as a negative number, which means the same with and without a leading dimension."""
-    return dim if dim < 0 else dim - source.ndim
-
-
-# With the channels last, norms and matrix products need no temporary of the size of a source;
-# in other layouts they would copy or stride, and element-wise operators are several times faster.
-
-
-def _sum_of_squares(value: Tensor, dim: int) -> Tensor:
-    """The sum over the channels of ``value`` squared, [*tokens]."""
-    if dim != -1:
-        return value.square().sum(dim)
-    norm: Tensor = torch.linalg.vector_norm(value, dim=-1)
-    return norm.square()
-
-
-def _project(value: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """The scalar product of each token's channels with ``weight``, [*tokens]."""
-    if dim == -1:
-        return value @ weight
-    return (value * _along(weight, dim)).sum(dim)
-
-
-def _sum_over_tokens(value: Tensor, coefficient: Tensor, dim: int) -> Tensor:
-    """The sum over tokens of ``coefficient * value``, [D]."""
-    if dim == -1:
-        return coefficient.flatten() @ value.reshape(-1, value.shape[-1])
-    tokens = [d for d in range(-value.ndim, 0) if d != dim]
-    return (value * coefficient.unsqueeze(dim)).sum(tokens)
-
-
-def _along(vector: Tensor, dim: int) -> Tensor:
-    """``vector`` [D] as a view that broadcasts along ``dim``, counted from the end."""
-    return vector.view(-1, *[1] * (-dim - 1))

@@ -8,7 +8,7 @@ auto       CPU, channels last, float32,   the same phases in C++, one small libr
            float64 or bfloat16            once, which costs no compile time per site
 auto       anything else                  ``attnres::mix`` as it is: plain PyTorch
 triton     CUDA, ROCm; a CPU interprets   generated Triton kernels, scheduled and fused
-reference  everywhere                     ``attnres::mix`` as it is: plain PyTorch
+reference  everywhere                     ``attnres::mix``, told to stay in plain PyTorch
 ========== ============================== ==================================================
 
 The phases in C++ stay operators until Inductor has a graph; ``inline_cpp_phases.py`` goes on.

@@ -1,22 +1,26 @@
 """attnres::mix against its specification: values, gradients, memory and refusals."""
 
 import doctest
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attnres_compile.functional
 from attnres_compile.errors import InputError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import ops
+from attnres_compile.kernels import cpp_library, cpp_phases, ops, plain_mix
 from mix_cases import assert_case_matches, make_case
 from tolerances import TOLERANCE, assert_matches
 
@@ -26,10 +30,29 @@ def decomposed(
 ) -> Tensor:
     """The decomposition under the signature of ``ops.mix``, differentiated by PyTorch."""
     count = options["aggregate"] == "sum"
-    return ops.decomposition(sources, query, gain, options["eps"], count, options["dim"])[0]
+    return plain_mix.decomposition(sources, query, gain, options["eps"], count, options["dim"])[0]
 
 
-@pytest.mark.parametrize("mix", [ops.mix, decomposed, attnres], ids=["op", "plain", "public"])
+def in_pytorch(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    gain: Tensor | None,
+    *,
+    eps: float,
+    aggregate: str,
+    dim: int = -1,
+) -> Tensor:
+    """The operator in plain PyTorch, also where there is a C++ library."""
+    arguments = (list(sources), query, gain, eps, aggregate == "sum", dim)
+    return torch.ops.attnres.mix(*arguments, kernels="reference")[0]
+
+
+OPERATORS = pytest.mark.parametrize(
+    "mix", [ops.mix, in_pytorch, decomposed], ids=["op", "in PyTorch", "decomposed"]
+)
+
+
+@pytest.mark.parametrize("mix", [ops.mix, in_pytorch, decomposed, attnres])
 @pytest.mark.parametrize("width", [1, 48, 64, 96, 1000])
 @pytest.mark.parametrize("num_sources", [*range(1, 10), 33])
 def test_widths_and_numbers_of_sources(
@@ -38,7 +61,7 @@ def test_widths_and_numbers_of_sources(
     assert_case_matches(make_case(num_sources, (2, 3, width)), mix)
 
 
-@pytest.mark.parametrize("mix", [ops.mix, decomposed], ids=["op", "plain"])
+@OPERATORS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
 @pytest.mark.parametrize("with_gain", [True, False], ids=["gain", "no-gain"])
@@ -59,7 +82,7 @@ def test_layouts_dtypes_and_modes(
     assert_case_matches(make_case(4, shape, **options), mix)
 
 
-@pytest.mark.parametrize("mix", [ops.mix, decomposed], ids=["op", "plain"])
+@OPERATORS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounds_once_at_the_end(dtype: torch.dtype, mix: Callable[..., Tensor]) -> None:
     case = make_case(33, (8, 96), dtype=dtype)
@@ -95,15 +118,57 @@ def lay_out(source: Tensor, layout: str, dim: int) -> Tensor:
     return source
 
 
+@pytest.mark.parametrize("mix", [ops.mix, in_pytorch])
 @pytest.mark.parametrize("with_gain", [True, False], ids=["gain", "no-gain"])
 @pytest.mark.parametrize(("shape", "dim"), [((2, 5), -1), ((2, 5, 2), 1)])
-def test_gradcheck(shape: tuple[int, ...], dim: int, with_gain: bool) -> None:
+def test_gradcheck(
+    shape: tuple[int, ...], dim: int, with_gain: bool, mix: Callable[..., Tensor]
+) -> None:
     case = make_case(3, shape, dim=dim, dtype=torch.float64, with_gain=with_gain)
 
     def function(query: Tensor, gain: Tensor | None, *sources: Tensor) -> Tensor:
-        return ops.mix(sources, query, gain, eps=1e-6, aggregate="sum", dim=dim)
+        return mix(sources, query, gain, eps=1e-6, aggregate="sum", dim=dim)
 
     assert torch.autograd.gradcheck(function, (case.query, case.gain, *case.sources))
+
+
+def library_calls(mix: Callable[..., Tensor], shape: tuple[int, ...], **options: Any) -> list[str]:
+    """The functions of the C++ library that a mix and its gradients call."""
+    case, names = make_case(3, shape, **options), []
+
+    def recorded(name: str, dtype: torch.dtype) -> Callable[..., None]:
+        names.append(name)
+        return cpp_library.operator(name, dtype)
+
+    with mock.patch.object(cpp_phases, "operator", recorded):
+        case.run(mix)
+    return names
+
+
+def test_rows_on_a_cpu_are_mixed_by_the_library() -> None:
+    calls = library_calls(ops.mix, (2, 3, 48))
+    assert calls == ["phase2", "phase2_backward"]
+    assert not library_calls(in_pytorch, (2, 3, 48))
+    assert not library_calls(ops.mix, (2, 48, 3), dim=1)
+    assert not library_calls(ops.mix, (2, 3, 48), dtype=torch.float16)
+
+
+def test_without_a_compiler_it_is_told_and_plain_pytorch_mixes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_compiler(dtype: torch.dtype) -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_library, "prepare", no_compiler)
+    cpp_library.is_available.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"no C\+\+ compiler that works"):
+            assert not library_calls(ops.mix, (2, 3, 48))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it is told once
+            assert_case_matches(make_case(3, (2, 3, 48)), ops.mix)
+    finally:
+        cpp_library.is_available.cache_clear()
 
 
 class BackwardCalls(TorchDispatchMode):

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from attnres_compile.errors import InputError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import ops
+from attnres_compile.kernels import ops, plain_mix
 from mix_cases import MixCase, assert_case_matches, make_case
 from tolerances import assert_matches
 
@@ -131,7 +131,7 @@ def test_export_and_decomposition(shape: tuple[int, ...], dim: int, strict: bool
         site, (sources,), dynamic_shapes=[[{0: batch}] * 3], strict=strict
     )
     assert targets(program.graph_module).count(MIX) == 1
-    plain = program.run_decompositions({MIX: ops.decomposition})
+    plain = program.run_decompositions({MIX: plain_mix.decomposition})
     assert not any("attnres" in str(target) for target in targets(plain.graph_module))
     larger = [torch.randn(5, *shape[1:]) for _ in range(3)]
     for exported in (program, plain):
@@ -142,7 +142,7 @@ def test_decomposed_export_trains() -> None:
     sources = [torch.randn(2, 3, 8) for _ in range(3)]
     site = Site(8)
     program = torch.export.export(site, (sources,))
-    exported = program.run_decompositions({MIX: ops.decomposition}).module()
+    exported = program.run_decompositions({MIX: plain_mix.decomposition}).module()
     for module in (site, exported):
         module(sources).sum().backward()
     for name, parameter in exported.named_parameters():

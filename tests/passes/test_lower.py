@@ -54,6 +54,9 @@ def test_what_the_cpp_library_is_not_made_for_stays_a_mix() -> None:
 def test_reference_leaves_every_mix() -> None:
     graph = lowered("reference")
     assert (count(graph, "mix"), count(graph, "phase2")) == (7, 0)
+    mix = torch.ops.attnres.mix
+    mixes = [node for node in graph.nodes if node.target in (mix, mix.default)]
+    assert [node.kwargs for node in mixes] == [{"kernels": "reference"}] * 7
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
