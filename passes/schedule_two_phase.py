@@ -66,7 +66,7 @@ class Block:
     mixes: tuple[Mix, ...]
 
     @property
-    def in_two_phases(self) -> bool:
+    def moves_less_in_two_phases(self) -> bool:
         return len(self.completed) >= _FEWEST_SOURCES and len(self.mixes) >= _FEWEST_SITES
 
     def renamed(self, names: Mapping[fx.Node, fx.Node]) -> Block:
@@ -79,18 +79,23 @@ class Block:
         return mix.sources[len(self.completed) :]
 
 
-def schedule_two_phase(graph: fx.Graph, admits: Callable[[Mix], bool] = lambda _: True) -> None:
+def schedule_two_phase(
+    graph: fx.Graph,
+    admits: Callable[[Mix], bool] = lambda _: True,
+    in_two_phases: Callable[[Block], bool] = lambda block: block.moves_less_in_two_phases,
+) -> None:
     """Replaces the mixes of a graph by phases, in place.
 
     Args:
         graph: torch-level or ATen, with example values, after the residual streams were rewritten.
         admits: which mixes to schedule; all others stay as they are.
+        in_two_phases: which blocks get two phases, and not one pass a site.
     """
     for stream in _streams(graph, admits):
         # Read anew: what streams before have become may be sources of this one.
         blocks = find_blocks([_read(mix.node) for mix in stream])
-        apart = [block for block in blocks if not block.in_two_phases]
-        together = [block for block in blocks if block.in_two_phases]
+        apart = [block for block in blocks if not in_two_phases(block)]
+        together = [block for block in blocks if in_two_phases(block)]
         start = _first_computation(graph)
         hoisted = all(_hoist_parameters(mix, start) for block in together for mix in block.mixes)
         if not hoisted or not _stay_as_completed(Dataflow.of(graph), together):
@@ -99,7 +104,7 @@ def schedule_two_phase(graph: fx.Graph, admits: Callable[[Mix], bool] = lambda _
         writer = _TwoPhaseWriter(graph, together, start) if together else None
         for block in apart:
             for mix in block.mixes:
-                _write_one_pass(graph, block, mix)
+                _write_one_pass(graph, mix)
         if writer is not None:
             writer.write()
 
@@ -180,17 +185,19 @@ def _effective_query(edit: Editor, mix: Mix) -> fx.Node:
     )
 
 
-def _write_one_pass(graph: fx.Graph, block: Block, mix: Mix) -> None:
+def _write_one_pass(graph: fx.Graph, mix: Mix) -> None:
+    """The newest source is the addend, completed or not: a site can do the sum that makes it."""
     with graph.inserting_before(mix.node):
         edit = Editor(graph, mix.node)
-        _write_phase2(edit, block, mix, _effective_query(edit, mix), sources=block.completed)
+        *sources, newest = mix.sources
+        _write_phase2(edit, mix, _effective_query(edit, mix), [newest], sources=sources)
 
 
 def _write_phase2(
     edit: Editor,
-    block: Block,
     mix: Mix,
     query: fx.Node,
+    addends: Sequence[fx.Node],
     *,
     sources: Sequence[fx.Node] = (),
     before: fx.Node | None = None,
@@ -201,7 +208,7 @@ def _write_phase2(
         before=before,
         statistics=statistics,
         sources=list(sources),
-        addends=list(block.partial_of(mix)),
+        addends=list(addends),
         query=query,
         eps=mix.eps,
         count=float(len(mix.sources)) if mix.sums else 1.0,
@@ -299,7 +306,8 @@ class _TwoPhaseWriter:
                 before = edit.call(operator.getitem, mixes, j)
                 part = edit.call(operator.getitem, statistics, j)
                 row = self._rows[self._starts[number] + j]
-                _write_phase2(edit, block, mix, row, before=before, statistics=part)
+                partial = block.partial_of(mix)
+                _write_phase2(edit, mix, row, partial, before=before, statistics=part)
 
     def _rows_between(self, edit: Editor, first: int, end: int) -> fx.Node:
         if (first, end) == (0, len(self._rows)):

@@ -122,7 +122,7 @@ def test_a_weight_from_the_data_is_multiplied_outside() -> None:
 def test_partial_sums_are_formed_in_their_sites() -> None:
     found = fused(lambda x, t, i: x)
     # The first branch of a block is its partial sum; its stand-in is the third addend of the next.
-    assert [len(site.kwargs["addends"]) for site in found] == [1, 0, 1, 0, 1, 3, 2]  # type: ignore[arg-type]
+    assert [len(site.kwargs["addends"]) for site in found] == [1, 1, 1, 0, 1, 3, 2]  # type: ignore[arg-type]
 
 
 def addition(body: Callable[[Tensors, Tensor], Tensor]) -> int:
