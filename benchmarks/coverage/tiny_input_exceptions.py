@@ -115,6 +115,11 @@ def _masked_pairs(model: Any) -> dict[str, Any]:
     }
 
 
+def _boxed_words(model: Any) -> dict[str, Any]:
+    """Words with their places on a page, but not its image: its patches are looked up in a loop."""
+    return {"bbox": torch.rand(2, 8, 4), **_masked_pairs(model)}
+
+
 def _prompted_images(model: Any) -> dict[str, Any]:
     """The prompt is put above the image, so that both have half its height."""
     height, width = model.config.image_size
@@ -266,6 +271,7 @@ INPUTS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "SwitchTransformersModel": _masked_pairs,
     "TimeSeriesTransformerModel": _time_series,
     "TvpModel": _one_video,
+    "UdopModel": _boxed_words,
     "VoxtralRealtimeModel": _streamed_speech,
     "Xcodec2Model": _speech_twice,
 }
