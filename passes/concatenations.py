@@ -29,12 +29,12 @@ def concatenated_part(node: fx.Node) -> list[fx.Node] | None:
     # In the view of an ONNX file, where it is a method, it does not say what it joins along.
     if len(path) == 1 or ops.operation(joined) != "cat" or joined.op != "call_function":
         return None
-    parts = ops.argument(joined, 0, "tensors")
-    if not isinstance(parts, list | tuple):
-        return None  # all results of one operator, as chunk: none of them is a node
-    dim = ops.argument(joined, 1, "dim", 0) % len(shape_of(joined))
+    parts, shape = ops.argument(joined, 0, "tensors"), shape_of(joined)
+    if not isinstance(parts, list | tuple) or any(size < 0 for size in shape):
+        return None  # a node that returns all of them, or sizes that only the data tells
+    dim = ops.argument(joined, 1, "dim", 0) % len(shape)
     # Where a view of a dense tensor starts tells which elements it has.
-    whole = torch.empty(shape_of(joined), device="meta")
+    whole = torch.empty(shape, device="meta")
     cut: Tensor | None = whole
     for each in reversed(path[:-1]):
         cut = None if cut is None else _cut(each, cut)
@@ -42,8 +42,8 @@ def concatenated_part(node: fx.Node) -> list[fx.Node] | None:
         return None
     start = 0
     for part in parts:
-        if len(shape_of(part)) < len(shape_of(joined)):
-            continue  # torch.tensor([]), as empty caches start, joins anything and adds nothing
+        if len(shape_of(part)) != len(shape):
+            continue  # torch.tensor([]), as empty caches start: it joins tensors of any rank
         same = cut.storage_offset() == start * whole.stride(dim) and cut.shape == shape_of(part)
         if same and dtype_of(part) == dtype_of(joined):
             return [*path[1:], part]

@@ -125,6 +125,29 @@ def test_inputs_that_are_not_accepted() -> None:
         tiny_inputs.inputs_of(Inputs((7,)))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RagModel",
+        "Sam3TrackerModel",
+        "SamHQModel",
+        "TimesFm2_5Model",
+        "UdopModel",
+        "VibeVoiceAcousticTokenizerModel",
+        "VitMatteForImageMatting",
+        "VoxtralRealtimeModel",
+        "Wav2Vec2BertModel",
+        "XmodModel",
+        "Zamba2Model",
+        "ZambaModel",
+    ],
+)
+def test_what_asks_for_fields_or_inputs_of_its_own_is_tiny_too(name: str) -> None:
+    model, _, recipe = tiny_transformers.build(name)
+    assert recipe == "tiny"
+    assert sum(parameter.numel() for parameter in model.parameters()) < 3_000_000
+
+
 def test_another_class_stands_for_a_family_that_is_not_called_as_a_whole() -> None:
     model, inputs, recipe = tiny_transformers.build("BarkModel")
     assert type(model).__name__ == "BarkCausalModel"

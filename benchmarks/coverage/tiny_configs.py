@@ -15,6 +15,7 @@ _SMALL: dict[str, int] = {
         "hidden_size d_model n_embd dim embed_dim embedding_size hidden_dim encoder_hidden_size "
         "decoder_hidden_size projection_dim text_hidden_size model_dim feature_size emb_dim "
         "d_embed embedding_dim word_embed_proj_dim conv_dim mask_feature_size fpn_feature_size "
+        "fpn_hidden_size "
         "encoder_embed_dim decoder_embed_dim vision_feature_dim width output_hidden_size "
         "out_hidden_size projector_hidden_size audio_hidden_size qformer_hidden_size "
         "decoder_hidden_dim encoder_hidden_dim attention_hidden_size lru_width q_lora_rank "

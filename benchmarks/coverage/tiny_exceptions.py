@@ -1,11 +1,9 @@
-"""What no rule covers: fields and inputs that a family of transformers cannot do without."""
+"""What no rule covers: fields that a family of transformers cannot do without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TWO_ROPES = {"full_attention": _ROPE, "sliding_attention": _ROPE}
@@ -24,6 +22,42 @@ _FOUR_STAGES = {
     }
 }
 _ONE_PATCH = {"image_size": 16, "patch_size": 4}
+_TWO_OF_TWO = {
+    "num_hidden_layers": 4,
+    "attention_hidden_size": 64,  # the states beside the embeddings
+    "attention_head_dim": 16,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+}
+_LINES = {  # in the long direction, the short one and both: kernel, stride and padding
+    "vertical_long_to_small_conv": lambda size: [[size, 1], [1, 1], [size // 2, 0]],
+    "horizontal_small_to_long_conv": lambda size: [[1, size], [1, 1], [0, size // 2]],
+    "symmetric_conv_long": lambda size: [[size, size], [1, 1], [size // 2, size // 2]],
+}
+_TEXT_DETECTION = {
+    "intraclass_block_config": {
+        "reduce_channel": [1, 1, 0],
+        "return_channel": [1, 1, 0],
+        **{
+            f"{name}_{ratio}ratio": made(size)
+            for name, made in _LINES.items()
+            for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+        },
+    },
+    "scale_factor_list": [1, 2, 4, 8],
+    "kernel_list": [3, 2, 2],
+}
+_LIGHT_STAGES = {
+    "model_type": "pp_lcnet_v4",
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    "block_configs": [
+        [[3, before, after, stride, False], [3, after, after, 1, True]]
+        for before, after, stride in ((96, 96, 1), (96, 96, 2), (96, 192, 2), (192, 384, 2))
+    ],
+}
+_MAPS_OF_128 = {"backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
+_CODEC = {"num_filters": 8, "depths": [1, 1, 1], "downsampling_ratios": [2, 2]}
+_TINY_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TINY_BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 96}
 
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "AlignConfig": {"projection_dim": 80},
@@ -54,7 +88,17 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "EfficientNetConfig": _NARROW,
+    "EdgeTamPromptEncoderConfig": {"image_size": 128, "patch_size": 16},
+    "EdgeTamVisionConfig": {
+        **_MAPS_OF_128,
+        "backbone_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "repvit_m1",
+            "num_classes": 3,
+            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+        },
+    },
+    "EfficientNetConfig": {**_NARROW, "hidden_dim": 320},
     "Emu3Config": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}},
     "Emu3VQVAEConfig": {"base_channels": 32, "num_res_blocks": 1},
     "FunAsrNanoConfig": {
@@ -90,10 +134,64 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "MiMoV2FlashConfig": {"num_key_value_heads": 2},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "MoonshineStreamingConfig": {"num_key_value_heads": 4},
+    "NeuCodecConfig": {"quantization_dim": 64},
+    "OmDetTurboConfig": {
+        "backbone_config": {"model_type": "timm_backbone", "out_indices": [2, 3, 4]},
+        "vision_features_channels": [32, 32, 32],
+        "encoder_in_channels": [128, 256, 512],  # of the ResNet that stands for a backbone
+        "apply_layernorm_after_vision_backbone": False,
+        "text_config": {"model_type": "clip_text_model", "hidden_size": 64},
+        "text_projection_in_dim": 64,
+        "text_projection_out_dim": 64,
+        "class_embed_dim": 64,  # as wide as the text, and no narrower than the decoder
+    },
     "OneFormerConfig": _FOUR_STAGES,
     "OpenAIPrivacyFilterConfig": {"experts_implementation": "grouped_mm"},
+    "PerceptionLMConfig": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 64,
+                "img_size": [28, 28],
+                "depth": 2,
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+                "init_values": 0.1,
+                "ref_feat_shape": [2, 2],
+            },
+        },
+    },
     "Pix2StructTextConfig": {"initializer_range": 0.02},
+    "PPOCRV5ServerDetConfig": _TEXT_DETECTION,
+    "PPOCRV6MediumDetConfig": {**_TEXT_DETECTION, "backbone_config": _LIGHT_STAGES},
+    "PPOCRV6SmallDetConfig": {
+        "backbone_config": _LIGHT_STAGES,
+        "layer_list_out_channels": [96, 96, 192, 384],
+    },
     "PromptDepthAnythingConfig": _DEPTHS,
+    "RagConfig": {
+        "question_encoder": {"model_type": "dpr", **_TINY_BERT},
+        "generator": {"model_type": "bart", **_TINY_BART},
+        "n_docs": 2,
+    },
+    "Sam2HieraDetConfig": {"image_size": [128, 128], "hidden_size": 96},
+    "Sam2PromptEncoderConfig": {"image_size": 128, "patch_size": 16},
+    "Sam2VisionConfig": _MAPS_OF_128,
+    "Sam3TrackerPromptEncoderConfig": {"image_size": 112, "patch_size": 14},
+    "Sam3ViTConfig": {
+        "image_size": 112,
+        "patch_size": 14,
+        "pretrain_image_size": 56,
+        "window_size": 4,
+    },
+    "Sam3VisionConfig": _MAPS_OF_128,  # four by four times the patches, as of 128 pixels
+    "SamHQMaskDecoderConfig": {"vit_dim": 32},
+    "SamHQVisionConfig": {
+        "global_attn_indexes": [0, 1],
+        "output_channels": 32,
+        "num_pos_feats": 16,
+    },
     "ShieldGemma2Config": {"yes_token_index": 5, "no_token_index": 6},
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 64},
     "Qwen4ExpTextConfig": {
@@ -105,209 +203,39 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "Swin2SRConfig": {"depths": [2, 2], "num_heads": [2, 2]},
+    "TimesFm2_5Config": {"context_length": 128},
+    "Tipsv2DptConfig": {
+        "backbone_config": {
+            "model_type": "tipsv2_vision_model",
+            **_FOUR_STATES,
+            "reshape_hidden_states": False,
+        }
+    },
+    "TvpConfig": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
+    "UVDocConfig": {
+        "backbone_config": {
+            "model_type": "uvdoc_backbone",
+            "out_features": [f"stage{index}" for index in range(1, 7)],
+        }
+    },
+    "VibeVoiceAcousticTokenizerConfig": _CODEC,
+    "VibeVoiceAcousticTokenizerEncoderConfig": _CODEC,
+    "VitMatteConfig": {
+        "fusion_hidden_sizes": [32, 16, 16, 8],
+        "backbone_config": {
+            "model_type": "vitdet",
+            "out_features": ["stage2"],
+            "num_channels": 4,
+            "patch_size": 16,
+        },
+    },
+    "Xcodec2Config": {"quantization_dim": 64},
+    "XmodConfig": {"default_language": "en_XX"},
+    "Zamba2Config": _TWO_OF_TWO,
+    "ZambaConfig": _TWO_OF_TWO,
+    "ZoeDepthConfig": {
+        "backbone_config": {"model_type": "beit", **_FOUR_STATES, "reshape_hidden_states": False}
+    },
 }
 """By the name of a config class: fields it gets whatever the recipe; a dict is for a sub-config."""
-
-
-def _time_series(model: Any) -> dict[str, Any]:
-    """Values, features and masks of a past long enough for all lags, and of the future."""
-    config = model.config
-    past = config.context_length + max(config.lags_sequence)
-    features = config.num_time_features
-
-    return {
-        "past_values": torch.randn(2, past),
-        "past_time_features": torch.randn(2, past, features),
-        "past_observed_mask": torch.ones(2, past),
-        "future_values": torch.randn(2, config.prediction_length),
-        "future_time_features": torch.randn(2, config.prediction_length, features),
-        "use_cache": False,
-    }
-
-
-def _decisions(model: Any) -> dict[str, Any]:
-    config = model.config
-    return {
-        "states": torch.randn(2, 4, config.state_dim),
-        "actions": torch.randn(2, 4, config.act_dim),
-        "rewards": torch.randn(2, 4, 1),
-        "returns_to_go": torch.randn(2, 4, 1),
-        "timesteps": torch.arange(4).repeat(2, 1),
-        "attention_mask": torch.ones(2, 4),
-    }
-
-
-def _image_tokens(model: Any) -> dict[str, Any]:
-    """BLIP: as many image tokens as there are queries, and text for the query transformer."""
-    config = model.config
-    count, side, frames = config.num_query_tokens, config.vision_config.image_size, ()
-    token = getattr(config, "image_token_index", None)
-    if token is None:
-        token, count, frames = config.video_token_index, 2 * count, (2,)
-    inputs = {
-        "pixel_values": torch.randn(2, *frames, 3, side, side),
-        "input_ids": torch.cat([torch.full((2, count), token), _tokens(2)], dim=1),
-    }
-    if "Instruct" in type(model).__name__:
-        inputs |= {
-            "qformer_input_ids": _tokens(2),
-            "qformer_attention_mask": torch.ones(2, 8, dtype=torch.long),
-        }
-    return inputs
-
-
-def _image_positions(model: Any) -> dict[str, Any]:
-    config = model.config
-    side, mask = config.vision_config.image_size, torch.zeros(2, 16)
-    mask[:, 1 : 1 + config.latent_query_num] = 1
-    return {
-        "pixel_values": torch.randn(2, 3, side, side),
-        "input_ids": torch.cat([_tokens(2), _tokens(2)], dim=1),
-        "image_embeds_position_mask": mask,
-        "use_cache": False,
-    }
-
-
-def _attended_images(model: Any) -> dict[str, Any]:
-    side = model.config.vision_config.image_size
-    return {
-        "input_ids": _tokens(2),
-        "attention_mask": torch.ones(2, 8, dtype=torch.long),
-        "pixel_values": torch.randn(2, 1, 3, side, side),
-        "image_attention_mask": torch.ones(2, 8, 1, dtype=torch.long),
-        "use_cache": False,
-    }
-
-
-def _classes_and_tasks(model: Any) -> dict[str, Any]:
-    side = model.config.image_size
-    return {
-        "pixel_values": torch.randn(2, 3, side, side),
-        "classes_input_ids": _tokens(4),
-        "classes_attention_mask": torch.ones(4, 8, dtype=torch.long),
-        "tasks_input_ids": _tokens(2),
-        "tasks_attention_mask": torch.ones(2, 8, dtype=torch.long),
-        "classes_structure": torch.tensor([2, 2]),
-    }
-
-
-def _stacked_spectrograms(model: Any) -> dict[str, Any]:
-    config = model.config.encoder_config
-    return {"input_features": torch.randn(2, 64, 4 * config.num_mel_bins)}
-
-
-def _images_and_tasks(model: Any) -> dict[str, Any]:
-    length = model.config.task_seq_len
-    return {"pixel_values": torch.randn(2, 3, 128, 128), "task_inputs": torch.rand(2, length)}
-
-
-def _four_patches(model: Any) -> dict[str, Any]:
-    return {"pixel_values": torch.randn(2, 3, 64, 64)}
-
-
-def _masked_pairs(model: Any) -> dict[str, Any]:
-    """With both masks: a model that makes its own does so from the data, or not in a capture."""
-    return {
-        "input_ids": _tokens(2),
-        "attention_mask": torch.ones(2, 8, dtype=torch.long),
-        "decoder_input_ids": _tokens(2),
-        "decoder_attention_mask": torch.ones(2, 8, dtype=torch.long),
-        "use_cache": False,
-    }
-
-
-def _prompted_images(model: Any) -> dict[str, Any]:
-    """The prompt is put above the image, so that both have half its height."""
-    height, width = model.config.image_size
-    sizes = (2, 3, height // 2, width)
-    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
-    return {name: torch.randn(*sizes) for name in names}
-
-
-def _speech_and_text(model: Any) -> dict[str, Any]:
-    return {
-        "input_values": torch.randn(2, 4000),
-        "decoder_input_ids": _tokens(2),
-        "use_cache": False,
-    }
-
-
-def _images_as_states(model: Any) -> dict[str, Any]:
-    return {"hidden_states": torch.randn(2, 3, 64, 64)}
-
-
-def _spectrograms(model: Any) -> dict[str, Any]:
-    mels = model.config.audio_config.num_mel_bins
-    return {"input_ids": _tokens(2), "input_features": torch.randn(2, 1, 64, mels)}
-
-
-def _visual_features(model: Any) -> dict[str, Any]:
-    config = model.config
-    return {
-        "input_ids": _tokens(2),
-        "visual_feats": torch.randn(2, 5, config.visual_feat_dim),
-        "visual_pos": torch.rand(2, 5, config.visual_pos_dim),
-    }
-
-
-def _denoising(model: Any) -> dict[str, Any]:
-    config = model.config
-    return {
-        "noise_embeds": torch.randn(2, config.block_size, config.hidden_size),
-        "context_hidden_states": torch.randn(
-            2, 8, config.hidden_size * len(config.target_layer_ids)
-        ),
-        "use_cache": False,
-    }
-
-
-def _byte_embeddings(model: Any) -> dict[str, Any]:
-    return {"inputs": torch.randn(2, 8, model.config.d_model)}
-
-
-def _decision(model: Any) -> dict[str, Any]:
-    return {
-        "input_ids": _tokens(1),
-        "marks": torch.tensor([[3, 7]]),
-        "num_options": torch.tensor([[2, 2]]),
-        "question_type_ids": torch.tensor([[0, 0]]),
-    }
-
-
-def _wide_text_line(model: Any) -> dict[str, Any]:
-    return {"pixel_values": torch.randn(2, 3, 96, 320)}
-
-
-def _tokens(batch: int) -> torch.Tensor:
-    return torch.randint(3, 60, (batch, 8), generator=torch.Generator().manual_seed(1))
-
-
-INPUTS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
-    "AutoformerModel": _time_series,
-    "ClapModel": _spectrograms,
-    "Blip2Model": _image_tokens,
-    "DepthProModel": _four_patches,
-    "FSMTModel": _masked_pairs,
-    "GraniteSpeech5ForCTC": _stacked_spectrograms,
-    "IdeficsModel": _attended_images,
-    "InstructBlipModel": _image_tokens,
-    "InstructBlipVideoModel": _image_tokens,
-    "Kosmos2Model": _image_positions,
-    "OneFormerModel": _images_and_tasks,
-    "OmDetTurboForObjectDetection": _classes_and_tasks,
-    "DecisionTransformerModel": _decisions,
-    "InformerModel": _time_series,
-    "JevForDecision": _decision,
-    "LongT5Model": _masked_pairs,
-    "LxmertModel": _visual_features,
-    "MuseGlimmerAssistantModel": _denoising,
-    "PerceiverModel": _byte_embeddings,
-    "PPOCRV5MobileDetModel": _images_as_states,
-    "PPOCRV5MobileRecModel": _wide_text_line,
-    "PPOCRV5ServerRecModel": _wide_text_line,
-    "SegGptModel": _prompted_images,
-    "SpeechEncoderDecoderModel": _speech_and_text,
-    "SwitchTransformersModel": _masked_pairs,
-    "TimeSeriesTransformerModel": _time_series,
-}
-"""By the name of a model's class: the keyword inputs for it."""

@@ -11,9 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tiny_configs import IMAGE, VOCABULARY
-from tiny_exceptions import INPUTS
+from tiny_input_exceptions import INPUTS
 
 BATCH, LENGTH = 2, 8
+_BINS = (
+    "num_mel_bins",
+    "input_feat_per_channel",
+    "feature_projection_input_dim",
+    "feature_size",
+)
 Inputs = dict[str, Any]
 
 
@@ -134,7 +140,7 @@ def _input(name: str, model: Any) -> Tensor | None:
     if name == "bbox":
         return torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
     if name == "input_features":
-        bins = _first(config, "num_mel_bins", "input_feat_per_channel", "feature_size") or 80
+        bins = _first(config, *_BINS) or 80
         frames = 2 * (_first(config, "max_source_positions") or 50)
         transposed = hasattr(model, "get_encoder") and hasattr(config, "max_source_positions")
         return torch.randn(BATCH, bins, frames) if transposed else torch.randn(BATCH, frames, bins)

@@ -4,7 +4,7 @@ A config is made small by the names of its fields (a hidden size is 32, a depth 
 included (`tiny_configs`), and inputs are made by the names of forward's arguments (`tiny_inputs`).
 Names are not enough for every architecture, so there are several recipes, from the smallest to one
 that only cuts depth and vocabulary; the first whose model runs is taken. What no rule covers stands
-in `tiny_exceptions`.
+in `tiny_exceptions` and `tiny_input_exceptions`.
 """
 
 from __future__ import annotations
