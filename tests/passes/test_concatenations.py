@@ -93,18 +93,6 @@ def test_slices_that_are_none(body: Body, route: str) -> None:
     assert concatenated_part(result(body, route)) is None
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_an_empty_vector_among_the_parts(route: str) -> None:
-    """It goes with tensors of any rank; DynamicCache starts with one."""
-
-    def body(m: Any, x: Tensor) -> Tensor:
-        return torch.cat([x.new_zeros(0), m.f(x), m.g(x)], -1)[..., 8:]
-
-    found = concatenated_part(result(body, route))
-    assert found is not None
-    assert found[-1] is found[-2].args[0][2]
-
-
 @pytest.mark.parametrize("route", ["dynamo", "export"])
 def test_sizes_that_only_the_data_tells(route: str) -> None:
     def body(m: Any, x: Tensor) -> Tensor:
@@ -112,13 +100,6 @@ def test_sizes_that_only_the_data_tells(route: str) -> None:
         return torch.cat([x[:, some], m.f(x)], 1)[:, :2]
 
     assert concatenated_part(result(body, route)) is None
-
-
-def test_parts_that_are_one_node() -> None:
-    def body(m: Any, x: Tensor) -> Tensor:
-        return torch.cat(m.f(x).chunk(2, -1), -1)[..., :4]
-
-    assert concatenated_part(result(body)) is None
 
 
 def test_a_part_is_a_copy() -> None:
