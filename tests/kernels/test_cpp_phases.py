@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import phase_cases
 from attnres_compile.errors import BackendError
 from attnres_compile.kernels import cpp_library, phases
 from phase_cases import PhaseCase, by_phases
@@ -35,6 +36,24 @@ def test_outputs_and_gradients_are_the_specifications(
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
     assert found.keys() == expected.keys()
     assert max(errors.values()) < TOLERANCES[dtype], errors
+
+
+@pytest.mark.parametrize("dtype", cpp_library.DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_pass_over_any_number_of_sources(
+    case: PhaseCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CPU computes them in a compiled graph: no phase 1.
+
+    Autograd adds up what every site gives a source, in bfloat16 with a rounding a site.
+    """
+    roundings = 2 if dtype == torch.bfloat16 else 1
+    monkeypatch.setattr(phase_cases, "ONE_PASS", 99)
+    expected = case.expected(dtype)
+    found = case.run(by_phases("cpp", True), dtype)
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert found.keys() == expected.keys()
+    assert max(errors.values()) < roundings * TOLERANCES[dtype], errors
 
 
 def test_two_runs_are_bitwise_equal() -> None:
