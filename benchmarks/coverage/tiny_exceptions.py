@@ -101,6 +101,14 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "EfficientNetConfig": {**_NARROW, "hidden_dim": 320},
     "Emu3Config": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}},
     "Emu3VQVAEConfig": {"base_channels": 32, "num_res_blocks": 1},
+    "FastVlmConfig": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_t8",
+            "hidden_size": 768,
+            "num_classes": 0,
+        }
+    },
     "FunAsrNanoConfig": {
         "adaptor_config": {"intermediate_size": 8, "hidden_size": 32},
         "text_config": {"model_type": "qwen3", "hidden_size": 32},
