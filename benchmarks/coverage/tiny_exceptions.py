@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -28,7 +28,9 @@ _TWO_OF_TWO = {
     "attention_head_dim": 16,
     "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
 }
-_LINES = {  # in the long direction, the short one and both: kernel, stride and padding
+_LINES: dict[
+    str, Callable[[int], list[list[int]]]
+] = {  # in the long direction, the short one and both: kernel, stride and padding
     "vertical_long_to_small_conv": lambda size: [[size, 1], [1, 1], [size // 2, 0]],
     "horizontal_small_to_long_conv": lambda size: [[1, size], [1, 1], [0, size // 2]],
     "symmetric_conv_long": lambda size: [[size, size], [1, 1], [size // 2, size // 2]],

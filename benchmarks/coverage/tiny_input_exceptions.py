@@ -39,7 +39,8 @@ def _decisions(model: Any) -> dict[str, Any]:
 def _image_tokens(model: Any) -> dict[str, Any]:
     """BLIP: as many image tokens as there are queries, and text for the query transformer."""
     config = model.config
-    count, side, frames = config.num_query_tokens, config.vision_config.image_size, ()
+    count, side = config.num_query_tokens, config.vision_config.image_size
+    frames: tuple[int, ...] = ()
     token = getattr(config, "image_token_index", None)
     if token is None:
         token, count, frames = config.video_token_index, 2 * count, (2,)
