@@ -370,23 +370,26 @@ struct Normed {
   Real scale, mean;
 };
 
-// The mix of a token, rounded to Element, and its sum. `betas` are TOKENS apart.
+// The mix of a token, rounded to Element, and its sum. `betas` are TOKENS apart. The factor goes to
+// them and not to the sum: n equal weights times n are one exactly, and the mix is the plain sum.
 Real mix_row(Real *mixed, const std::vector<const Element *> &rows, const Real *betas, Real factor,
              int64_t width) {
   Sum sum;
-  if (rows.size() == 2) {  // nearly always: what phase 1 mixed, and the partial sum
+  if (rows.size() == 2) {
     const Element *first = rows[0], *second = rows[1];
-    Real one = betas[0], other = betas[TOKENS];
+    Real one = factor * betas[0], other = factor * betas[TOKENS];
     each(width, EACH {
-      auto value = factor * (one * load<KIND>(first + d) + other * load<KIND>(second + d));
+      auto value = one * load<KIND>(first + d) + other * load<KIND>(second + d);
       value = rounded(value, first);
       store(mixed + d, value);
       sum.add(way, value);
     });
   } else {
-    combine(rows.data(), rows.size(), betas, 0, TOKENS, ZEROS, &mixed, 1, width);
+    std::vector<Real> shares(rows.size());
+    for (size_t k = 0; k < rows.size(); ++k) shares[k] = factor * betas[k * TOKENS];
+    combine(rows.data(), rows.size(), shares.data(), 0, 1, ZEROS, &mixed, 1, width);
     each(width, EACH {
-      auto value = rounded(factor * load<KIND>(mixed + d), rows[0]);
+      auto value = rounded(load<KIND>(mixed + d), rows[0]);
       store(mixed + d, value);
       sum.add(way, value);
     });
