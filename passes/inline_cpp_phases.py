@@ -28,7 +28,6 @@ from attnres_compile.kernels import cpp_library, cpp_phases, phases
 from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.cpp_calls import arguments_of
-from attnres_compile.passes.storages import Storages
 from attnres_compile.passes.write_in_place import write_in_place
 
 
@@ -54,7 +53,7 @@ class InlineCppPhases(CustomGraphPass):
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        used = (InlineCppPhases, Storages, absorb_biases, arguments_of, write_in_place)
+        used = (InlineCppPhases, absorb_biases, arguments_of, write_in_place)
         passes = [inspect.getfile(each) for each in used]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
