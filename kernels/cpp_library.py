@@ -1,6 +1,6 @@
 """The C++ library for CPUs, compiled on first use, and its functions as operators that write.
 
-``templates/phases.cpp`` holds the loops over tokens, ``templates/rows.h`` what they do with a row.
+``templates/phase2.cpp`` holds the loops over tokens, ``templates/rows.h`` what they do with a row.
 A function of it is the operator ``attnres::cpp_<name>``, with an overload per dtype of the stream.
 It returns nothing and writes to the tensors that its schema marks. So whoever calls it says where
 results go, and in a compiled graph Inductor plans that memory with all the rest. The functions have
@@ -23,43 +23,24 @@ from typing import Any
 import torch
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SOURCES = [_TEMPLATES / name for name in ("rows.h", "phases.cpp", "operators.h")]
+_SOURCES = [_TEMPLATES / name for name in ("rows.h", "phase2.cpp", "operators.h")]
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-# Rows are contiguous, of the dtype of the stream, and the first tensor is one: its shape is
+# Rows are contiguous, of the dtype of the stream, with the shape of the first source,
 # [*tokens, width]. What is added to the partial sum may come without the bias of its linear layer,
 # an argument then (passes/absorb_biases.py).
 _SCHEMAS = {
-    "complete": (
-        "Tensor first, Tensor? second, Tensor? bias, Tensor queries, int sites, float eps,"
-        " Tensor(a!)? source, Tensor(b!) logits, Tensor(c!) inverse_rms"
-    ),
-    "complete_backward": (
-        "Tensor source, Tensor? grad_source, Tensor grad_logits, Tensor queries, int sites,"
-        " Tensor logits, Tensor inverse_rms, Tensor(a!)? grad, Tensor(b!)? grad_queries"
-    ),
-    "phase1": (
-        "Tensor[] sources, Tensor[] logits, int count, int sites, Tensor(a!)[] mixes,"
-        " Tensor(b!) statistics"
-    ),
-    "phase1_backward": (
-        "Tensor[] sources, Tensor[] logits, int count, int sites, Tensor statistics,"
-        " Tensor[] grad_mixes, int[] mixed, Tensor grad_statistics, Tensor[] grad_carriers,"
-        " int[] arrived, Tensor(a!)[] grads, int[] wanted, Tensor(b!)? grad_logits"
-    ),
     "phase2": (
-        "Tensor? before, Tensor[] direct, int count, Tensor? statistics, Tensor? branch,"
-        " Tensor? branch_bias, Tensor query, float eps, float factor, int norm, Tensor? weight,"
-        " Tensor? bias, float norm_eps, bool wide, Tensor(a!)? partial, Tensor(b!)? mixed,"
-        " Tensor(c!)? normed, Tensor(d!) saved"
+        "Tensor[] sources, int count, Tensor? branch, Tensor? branch_bias, Tensor query, float eps,"
+        " float factor, int norm, Tensor? weight, Tensor? bias, float norm_eps, bool wide,"
+        " Tensor(a!)? partial, Tensor(b!)? mixed, Tensor(c!)? normed, Tensor(d!) saved"
     ),
     "phase2_backward": (
-        "Tensor? before, Tensor[] direct, int count, Tensor? statistics, Tensor? grad_partial,"
-        " Tensor? grad_mixed, Tensor? grad_normed, bool wide, Tensor query, float factor, int norm,"
-        " Tensor? weight, Tensor saved, Tensor(a!)? grad_before, Tensor(b!)? grad_statistics,"
-        " Tensor(c!)[] grads, int[] wanted, Tensor(d!)? grad_query, Tensor(e!)? grad_weight,"
-        " Tensor(f!)? grad_bias, Tensor(g!)? grad_branch_bias"
+        "Tensor[] sources, int count, Tensor[] arriving, int[] arrived, Tensor? grad_mixed,"
+        " Tensor? grad_normed, bool wide, Tensor query, float factor, int norm, Tensor? weight,"
+        " Tensor saved, Tensor(a!)[] grads, int[] wanted, Tensor(b!)? grad_query,"
+        " Tensor(c!)? grad_weight, Tensor(d!)? grad_bias, Tensor(e!)? grad_branch_bias"
     ),
 }
 # How an argument is written in C++, as what arrives and as what the function is handed.
@@ -73,10 +54,11 @@ _TYPES = {
     "float": ("double", "{0}"),
 }
 NAMES = tuple(_SCHEMAS)
+_LARGE_BLOCK = 31 << 20
 
 
 def operator(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """``operator("phase1", torch.float32)``, ready to be called."""
+    """``operator("phase2", torch.float32)``, ready to be called."""
     prepare(dtype)
     overload: Callable[..., None] = getattr(_packet(name), DTYPES[dtype])
     return overload
@@ -98,21 +80,35 @@ def prepare(dtype: torch.dtype) -> None:
         for name in NAMES
     ]
     CppCodeCache.load("\n".join([*source, "}"]), extra_flags=_FLAGS)
+    _keep_pages()
+
+
+def _keep_pages() -> None:
+    """Has the C library keep memory that a step frees for the next one.
+
+    The sources of a model are there until the end of a step and go together. glibc then returns
+    them to the system, and the next step fetches them page by page: 3000 to 4000 page faults in a
+    step of 24 layers of 2048 x 128, or 1 to 3 % of it. It keeps twice as much as the largest block
+    that was freed so far, of up to 32 MB. So one is freed, once, whose pages nobody has touched.
+    """
+    torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
 
 
 @cache
 def is_available(dtype: torch.dtype) -> bool:
-    """Whether there is a library for streams of `dtype`; a missing compiler is told once."""
+    """Whether there is a library for streams of `dtype`; where it cannot be, that is told once."""
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     if dtype not in DTYPES:
         return False
     try:
         prepare(dtype)
-    except (CppCompileError, InvalidCxxCompiler) as error:
+    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+        cause = (str(error).strip().splitlines() or ["no C++ compiler"])[-1]
         warnings.warn(
-            f"mixes on the CPU run in plain PyTorch, which takes several times as long: there is "
-            f"no C++ compiler that works ({type(error).__name__}); install g++ or clang.",
+            "mixes on the CPU run in plain PyTorch, which takes several times as long, since their "
+            f"C++ library could not be built and loaded ({type(error).__name__}: {cause}); install "
+            "g++ or clang, and let TORCHINDUCTOR_CACHE_DIR be a folder that programs may run from.",
             stacklevel=2,
         )
         return False
@@ -124,8 +120,7 @@ def _wrapper(name: str) -> str:
     arguments = list(_arguments(name))
     parameters = ", ".join(f"{_TYPES[kind][0]} {argument}" for kind, argument in arguments)
     values = ", ".join(_TYPES[kind][1].format(argument) for kind, argument in arguments)
-    # Phase 2 has no first argument where no phase 1 is before it.
-    sizes = "Sizes sizes(" + ", ".join(argument for _, argument in arguments[:2]) + ");"
+    sizes = "Sizes sizes(sources[0]);"
     call = f"::{name}({values}, sizes.tokens, sizes.width, sizes.threads);"
     return f"namespace operate {{ void {name}({parameters}) {{ {sizes} {call} }} }}"
 

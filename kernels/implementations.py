@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -12,22 +14,14 @@ from attnres_compile.kernels.ops import _without_autocast as without_autocast
 
 __all__ = ["differentiate_once", "implementation", "tokens_of", "without_autocast"]
 
+_MODULES = {"reference": "plain_phases", "triton": "triton_phases", "cpp": "cpp_phase2"}
 
-def implementation(kernels: str) -> ModuleType:
-    """The module that computes the phases: plain PyTorch, C++ or generated Triton kernels."""
-    if kernels == "reference":
-        from attnres_compile.kernels import plain_phases
 
-        return plain_phases
-    if kernels == "cpp":
-        from attnres_compile.kernels import cpp_phases
-
-        return cpp_phases
-    if kernels == "triton":
-        from attnres_compile.kernels import triton_phases
-
-        return triton_phases
-    raise BackendError(f"kernels={kernels!r} is unknown; use 'reference', 'cpp' or 'triton'.")
+def implementation(kernels: str, known: Sequence[str] = ("reference", "triton")) -> ModuleType:
+    """The module that computes a phase: plain PyTorch, generated Triton kernels or C++."""
+    if kernels not in known:
+        raise BackendError(f"kernels={kernels!r} is unknown; use one of {tuple(known)}.")
+    return import_module(f"attnres_compile.kernels.{_MODULES[kernels]}")
 
 
 def tokens_of(source: Tensor, dim: int) -> list[int]:

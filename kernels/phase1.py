@@ -58,7 +58,7 @@ def phase1(
         carriers: n tensors of that shape whose values are not read; get the sources' gradients.
         logits: n tensors [S, *tokens] in the arithmetic dtype.
         dim: the channel dimension.
-        kernels: "reference", "cpp" or "triton".
+        kernels: "reference" or "triton".
 
     Returns:
         S mixes like a source; statistics [S, 2, *tokens], of which [:, 0] is the logarithm of the

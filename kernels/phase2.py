@@ -37,6 +37,7 @@ from attnres_compile.kernels.implementations import (
 from attnres_compile.kernels.plain_phases import stand_in
 
 NORMS = ("none", "rms", "layer")
+_KERNELS = ("reference", "triton", "cpp")
 
 
 @torch.library.custom_op(
@@ -84,7 +85,7 @@ def phase2(
         norm_dtype: of ``normed``; None for that of the mix.
         wants_mix: whether somebody reads the mix itself.
         dim: the channel dimension.
-        kernels: "reference", "cpp" or "triton".
+        kernels: "reference" or "triton"; without ``before`` and with the channels last also "cpp".
 
     Returns:
         The partial sum if there are two addends (a stand-in for a single one, else of shape [0]);
@@ -94,7 +95,7 @@ def phase2(
     check_arguments(before, statistics, sources, addends, norm)
     like = _like(before, sources, addends)
     with without_autocast(query):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation(kernels).phase2(
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation(kernels, _KERNELS).phase2(
             before,
             statistics,
             sources,
@@ -182,7 +183,7 @@ def phase2_backward(
     last; the query; the weight and the bias of the norm in the arithmetic dtype.
     """
     with without_autocast(query):
-        grads: list[Tensor] = implementation(kernels).phase2_backward(
+        grads: list[Tensor] = implementation(kernels, _KERNELS).phase2_backward(
             grad_partial,
             grad_mixed,
             grad_normed,

@@ -1,7 +1,7 @@
-"""Let the C++ phases add the bias of the linear layer whose result they add to the stream.
+"""Let C++ add the bias of the linear layer whose result it adds to the stream.
 
 ``addmm`` on a CPU copies the bias into every row of its result before it multiplies, which is one
-more pass over memory. The phase that reads the result adds a vector to its rows at no such cost,
+more pass over memory. The site that reads the result adds a vector to its rows at no such cost,
 and its backward pass, which writes the gradient of these rows, can sum them, too.
 
 Contract: values are the same to rounding. Only where the stream is of the dtype that is computed
@@ -10,7 +10,7 @@ in: elsewhere ``addmm`` rounds once, and a product would be rounded before its b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -27,30 +27,19 @@ _VIEWS = (_aten.view.default, _aten.reshape.default)
 def absorb_biases(graph: fx.Graph) -> None:
     """Rewrites, in place, an ATen graph with the operators of ``cpp_library.py``."""
     for node in list(graph.nodes):
-        if phase_of(node) == "complete":
-            _absorb(graph, node, _Sum("first", "second", "bias"))
-        elif phase_of(node) == "phase2":
-            _absorb(graph, node, _Sum("direct", "branch", "branch_bias"))
+        if phase_of(node) == "phase2":
+            _absorb(graph, node)
         elif phase_of(node) == "phase2_backward":
             _sum_gradient(graph, node)
 
 
-class _Sum(NamedTuple):
-    """The arguments of an operator that are added up; of a list, its last."""
-
-    skip: str
-    branch: str
-    bias: str
-
-
-def _absorb(graph: fx.Graph, node: fx.Node, names: _Sum) -> None:
+def _absorb(graph: fx.Graph, node: fx.Node) -> None:
     arguments = arguments_of(node)
-    skip, branch = arguments[names.skip], arguments[names.branch]
+    (*others, skip), branch = arguments["sources"], arguments["branch"]
     if branch is None:
         return
-    last = skip[-1] if isinstance(skip, list | tuple) else skip
     if _linear(branch, node) is None:  # perhaps it was written as f(x) + x
-        last, branch = branch, last
+        skip, branch = branch, skip
     linear = _linear(branch, node)
     if linear is None:
         return
@@ -61,9 +50,9 @@ def _absorb(graph: fx.Graph, node: fx.Node, names: _Sum) -> None:
     branch = product if branch is linear else branch
     linear.replace_all_uses_with(product)
     graph.erase_node(linear)
-    set_argument(node, names.skip, [*skip[:-1], last] if isinstance(skip, list | tuple) else last)
-    set_argument(node, names.branch, branch)
-    set_argument(node, names.bias, vector)
+    set_argument(node, "sources", [*others, skip])
+    set_argument(node, "branch", branch)
+    set_argument(node, "branch_bias", vector)
 
 
 def _linear(result: fx.Node, reader: fx.Node) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""Calls of the C++ phases in an ATen graph, with their arguments by name."""
+"""Calls of the C++ library in an ATen graph, with their arguments by name."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from typing import Any
 
 from torch import fx
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.cpp_library import NAMES
+from attnres_compile.passes.graph_values import value_of
+
+# Where a trace has put the arguments, as tensors without data, for Inductor to lay out the real
+# ones alike. What is not there Inductor leaves out.
+_LAYOUTS = "eager_input_vals"
 
 
 def phase_of(node: fx.Node) -> str | None:
-    """Which function of the library a node calls: ``"phase1"``."""
+    """Which function of the library a node calls: ``"phase2"``."""
     if not isinstance(node.target, OpOverload):
         return None
     name = node.target._schema.name.removeprefix("attnres::cpp_")
@@ -22,8 +28,21 @@ def arguments_of(call: fx.Node) -> dict[str, Any]:
     return dict(zip(_names(call), call.args, strict=True))
 
 
+def written_by(call: fx.Node) -> list[fx.Node]:
+    """The memory that a call writes to."""
+    target: Any = call.target
+    results = [i for i, each in enumerate(target._schema.arguments) if each.alias_info is not None]
+    rooms = pytree.tree_leaves([call.args[i] for i in results])
+    return [room for room in rooms if isinstance(room, fx.Node)]
+
+
 def set_argument(call: fx.Node, name: str, argument: Any) -> None:
-    call.update_arg(_names(call).index(name), argument)
+    place = _names(call).index(name)
+    call.update_arg(place, argument)
+    if _LAYOUTS in call.meta:
+        args, kwargs = call.meta[_LAYOUTS]
+        value = pytree.tree_map_only(fx.Node, value_of, argument)
+        call.meta[_LAYOUTS] = ((*args[:place], value, *args[place + 1 :]), kwargs)
 
 
 def _names(call: fx.Node) -> list[str]:

@@ -13,7 +13,7 @@ reference  everywhere                     ``attnres::mix``, told to stay in plai
 
 A CPU reads the sources of a block from its last cache again and again, faster than phase 1 could
 write down a mix for every site: measured on (2048 to 16384) x 128 and 1024 x 512 float32 rows.
-The phases in C++ stay operators until Inductor has a graph; ``inline_cpp_phases.py`` goes on.
+Sites in C++ stay operators until Inductor has a graph; ``inline_cpp_phase2.py`` goes on.
 
 Contract: values are the same to rounding. What is left to plain PyTorch is not changed at all.
 """

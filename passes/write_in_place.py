@@ -1,6 +1,6 @@
-"""Let the C++ phases write over what nobody reads after them.
+"""Let C++ write over what nobody reads after it.
 
-A phase has read a row by the time it writes those that are made of it, so its results can go where
+A site has read a row by the time it writes those that are made of it, so its results can go where
 its arguments were: to lines that are in the cache already, and not to memory that has to be found
 first. Inductor does this for loops that it generates itself.
 
@@ -40,22 +40,14 @@ def write_in_place(graph: fx.Graph) -> None:
 def _results(call: fx.Node) -> Iterator[tuple[Any, list[Any]]]:
     """What a call writes to, and the arguments of which it has read a row before it writes it."""
     given = arguments_of(call)
-    if phase_of(call) == "complete":
-        yield given["source"], [given["first"], given["second"]]
-    elif phase_of(call) == "complete_backward":
-        yield given["grad"], [given["grad_source"]]
-    elif phase_of(call) == "phase1_backward":
-        carriers = dict(zip(given["arrived"], given["grad_carriers"], strict=True))
-        for room, source in zip(given["grads"], given["wanted"], strict=True):
-            yield room, [carriers.get(source)]
-    elif phase_of(call) == "phase2":
-        yield given["partial"], [*given["direct"][-1:], given["branch"]]
-        yield given["mixed"], [given["branch"], given["before"]]
-        yield given["normed"], [given["branch"], given["before"]]
-    elif phase_of(call) == "phase2_backward":
-        rooms = dict(zip(given["wanted"], given["grads"], strict=True))
-        yield rooms.get(given["count"] - 1), [given["grad_partial"]]
-        yield given["grad_before"], [given["grad_normed"]]
+    if phase_of(call) == "phase2":
+        yield given["partial"], [given["sources"][-1], given["branch"]]
+        yield given["mixed"], [given["branch"]]
+        yield given["normed"], [given["branch"]]
+        return
+    arriving = dict(zip(given["arrived"], given["arriving"], strict=True))
+    for source, room in zip(given["wanted"], given["grads"], strict=True):
+        yield room, [arriving.get(source), given["grad_normed"], given["grad_mixed"]]
 
 
 class _Storages:

@@ -14,7 +14,7 @@ import backend_checks
 from attnres_compile import rewriting
 from attnres_compile.errors import BackendError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_phases
+from attnres_compile.kernels import cpp_phase2
 from backend_checks import check_as_eager, check_training, compile_with, converted_model
 from tolerances import relative_error
 
@@ -128,12 +128,12 @@ def test_triton_on_a_cpu_is_an_error_outside_of_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_a_check_fails_when_the_values_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = cpp_phases.phase2
+    run = cpp_phase2.phase2
 
     def wrong(*args: object) -> object:
         partial, mixed, normed, saved = run(*args)  # type: ignore[arg-type]
         return partial, mixed, normed * 1.001, saved
 
-    monkeypatch.setattr(cpp_phases, "phase2", wrong)
+    monkeypatch.setattr(cpp_phase2, "phase2", wrong)
     with pytest.raises(AssertionError):
         backend_checks.check_as_eager("llama", "auto")

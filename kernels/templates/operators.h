@@ -1,5 +1,5 @@
 // From tensors to addresses, upon PyTorch's stable ABI. One function per operator follows, generated
-// by cpp_library.py: it hands what an operator is called with to the function of phases.cpp.
+// by cpp_library.py: it hands what an operator is called with to the function of phase2.cpp.
 
 #include <optional>
 #include <torch/csrc/stable/library.h>
@@ -44,20 +44,14 @@ struct Addresses {
   template <typename T> operator T **() { return (T **)addresses.data(); }
 };
 
-// Those of the first tensor, [*tokens, width].
+// Those of a source, [*tokens, width].
 struct Sizes {
   int64_t tokens, width, threads;
 
-  explicit Sizes(const Tensor &like)
-      : width(like.size(like.dim() - 1)) {
+  explicit Sizes(const Tensor &like) : width(like.size(like.dim() - 1)) {
     tokens = width ? like.numel() / width : 0;
     threads = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(tokens, 1));
   }
-  template <typename Next> Sizes(const Tensor &first, const Next &) : Sizes(first) {}
-  template <typename Next>
-  Sizes(const std::vector<Tensor> &first, const Next &) : Sizes(first[0]) {}
-  Sizes(const std::optional<Tensor> &first, const std::vector<Tensor> &next)
-      : Sizes(first ? *first : next[0]) {}
 };
 
 }  // namespace

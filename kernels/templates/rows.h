@@ -1,5 +1,5 @@
 // Rows of numbers on a CPU: dot products, weighted sums, softmax and norms, in vectors that fit the
-// machine's. phases.cpp follows in the same translation unit, compiled once per element type with
+// machine's. phase2.cpp follows in the same translation unit, compiled once per element type with
 // FOR_FLOAT32 or the like defined. Arithmetic is done in Real, double for double and otherwise
 // float, and rounded to Element once.
 
@@ -100,176 +100,145 @@ INLINE inline Real total_of(Vector value) {
   return total;
 }
 
-// Several sums at once, each in vectors of its own, since one addition waits for the last.
+// A sum along a row, in two halves, since one addition waits for the last.
 struct Sum {
-  Vector parts[2] = {};
+  Vector halves[2] = {};
   Real rest = 0;
-  template <int WAY> INLINE void add(std::integral_constant<int, WAY>, Vector value) {
-    parts[WAY] += value;
-  }
-  template <int WAY> INLINE void add(std::integral_constant<int, WAY>, Real value) { rest += value; }
-  INLINE Real total() const { return total_of(parts[0] + parts[1]) + rest; }
+  INLINE void add(Vector value, int way) { halves[way % 2] += value; }
+  INLINE void add(Real value, int) { rest += value; }
+  INLINE Real total() const { return total_of(halves[0] + halves[1]) + rest; }
 };
 
-// body(kind of value, which of two sums it belongs to, position) over a row.
+// body(kind of value, which half of a sum it belongs to, position) over a row.
 template <typename Body> INLINE inline void each(int64_t width, Body body) {
-  constexpr std::integral_constant<int, 0> even{};
-  constexpr std::integral_constant<int, 1> odd{};
   int64_t d = 0;
   for (; d + 2 * LANES <= width; d += 2 * LANES) {
-    body(Vector{}, even, d);
-    body(Vector{}, odd, d + LANES);
+    body(Vector{}, 0, d);
+    body(Vector{}, 1, d + LANES);
   }
-  for (; d + LANES <= width; d += LANES) body(Vector{}, even, d);
-  for (; d < width; ++d) body(Real{}, even, d);
+  for (; d + LANES <= width; d += LANES) body(Vector{}, 0, d);
+  for (; d < width; ++d) body(Real{}, 0, d);
 }
-#define EACH [&](auto kind, auto way, int64_t d) INLINE
+#define EACH [&](auto kind, int way, int64_t d) INLINE
 #define KIND decltype(kind)
-
-template <typename A, typename B> INLINE inline Real dot(const A *left, const B *right, int64_t width) {
-  Sum sum;
-  each(width, EACH { sum.add(way, load<KIND>(left + d) * load<KIND>(right + d)); });
-  return sum.total();
-}
-
-// The sum of two rows and of a bias, if there is one, at `d`; rounded to Element.
-template <typename V>
-INLINE inline V added(const Element *skip, const Element *branch, const Element *bias, int64_t d) {
-  V value = load<V>(branch + d);
-  if (bias) value += load<V>(bias + d);
-  return rounded(load<V>(skip + d) + value, skip);
-}
 
 template <typename A, typename B> INLINE inline void copy_row(A *to, const B *from, int64_t width) {
   each(width, EACH { store(to + d, load<KIND>(from + d)); });
 }
 
-// results[j * stride] = left . rights[j], four at a time, so that `left` is loaded once for them.
-template <typename A, typename B>
-void dots(const A *left, const B *const *rights, int64_t count, int64_t width, Real *results,
-          int64_t stride) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    Sum sums[4];
-    each(width, EACH {
-      auto value = load<KIND>(left + d);
-      for (int k = 0; k < 4; ++k) sums[k].add(way, value * load<KIND>(rights[j + k] + d));
-    });
-    for (int k = 0; k < 4; ++k) results[(j + k) * stride] = sums[k].total();
-  }
-  for (; j < count; ++j) results[j * stride] = dot(left, rights[j], width);
-}
+// Sums along rows: several rows at once, since one addition waits for the last -------------------
 
-constexpr int64_t TOKENS = 16;  // at most that are worked on together
+constexpr int64_t TOKENS = 16;    // at most that are worked on together
+constexpr int64_t STRETCH = 512;  // of a row that is added up by itself: sums of sums are more exact
 
-// Vectors that all rows are multiplied with. LANES of them are turned, so that an instruction works
-// on one element of each and no sum across lanes is needed; what remains is multiplied as it is.
-// In stretches of the width: one stays in the first-level cache for all rows, and sums of sums are
-// more exact.
-class Turned {
-  static constexpr int64_t STRETCH = 256;
-  int64_t count, width, groups;
-  std::vector<Real> columns;  // [groups, width, LANES]
-  std::vector<const Real *> rest;
+// The rows of tokens, one after the other. Those of all sources are read in turns, too many for
+// the processor to see what comes next: `ahead` says how many rows later that is.
+struct Rows {
+  const Element *first;
+  int64_t width, ahead;
 
-  template <int G, int U>
-  void multiply(const Element *rows, const Real *from, int64_t begin, int64_t end, Real *to) const {
-    Vector sums[G][U] = {};
-    for (int64_t d = begin; d < end; ++d)
-      for (int g = 0; g < G; ++g) {
-        Vector values = load<Vector>(from + (g * width + d) * LANES);
-        for (int u = 0; u < U; ++u) sums[g][u] += load<Real>(rows + u * width + d) * values;
-      }
-    for (int g = 0; g < G; ++g)
-      for (int u = 0; u < U; ++u) {
-        Real *place = to + (g * TOKENS + u) * LANES;
-        store(place, load<Vector>(place) + sums[g][u]);
-      }
-  }
-
-  template <int G, int U>
-  void multiply_all(const Element *rows, int64_t some, int64_t g, Real *products) const {
-    const Real *from = columns.data() + g * width * LANES;
-    for (int64_t begin = 0; begin < width; begin += STRETCH) {
-      int64_t end = std::min(begin + STRETCH, width), u = 0;
-      Real *to = products + g * LANES * TOKENS;
-      for (; u + U <= some; u += U)
-        multiply<G, U>(rows + u * width, from, begin, end, to + u * LANES);
-      for (; u < some; ++u) multiply<G, 1>(rows + u * width, from, begin, end, to + u * LANES);
-    }
-  }
-
-public:
-  Turned(const Real *vectors, int64_t count, int64_t width)
-      : count(count), width(width), groups(count / LANES), columns(groups * width * LANES) {
-    for (int64_t j = 0; j < groups * LANES; ++j)
-      for (int64_t d = 0; d < width; ++d)
-        columns[(j / LANES * width + d) * LANES + j % LANES] = vectors[j * width + d];
-    for (int64_t j = groups * LANES; j < count; ++j) rest.push_back(vectors + j * width);
-  }
-  // Products with `some` rows, at most TOKENS; `at` finds that of vector j and row u.
-  void times(const Element *rows, int64_t some, Real *products) const {
-    std::fill_n(products, groups * LANES * TOKENS, Real(0));
-    int64_t g = 0;
-    for (; g + 3 <= groups; g += 3) multiply_all<3, 4>(rows, some, g, products);
-    for (; g + 2 <= groups; g += 2) multiply_all<2, 4>(rows, some, g, products);
-    for (; g < groups; ++g) multiply_all<1, 8>(rows, some, g, products);
-    for (int64_t u = 0; u < some; ++u)
-      dots(rows + u * width, rest.data(), rest.size(), width,
-           products + groups * LANES * TOKENS + u, TOKENS);
-  }
-  Real at(const Real *products, int64_t j, int64_t u) const {
-    if (j >= groups * LANES) return products[j * TOKENS + u];
-    return products[(j / LANES * TOKENS + u) * LANES + j % LANES];
+  template <typename V> INLINE V at(int64_t u, int64_t d) const {
+    __builtin_prefetch(first + (u + ahead) * width + d);
+    return load<V>(first + u * width + d);
   }
 };
 
-template <int J, int WAYS, typename V, typename In, typename Start, typename Out>
-INLINE inline void combine_here(const In *const *rows, int64_t count, const Real *weights,
-                                int64_t across, int64_t along, const Start *const *starts,
-                                Out *const *outs, int64_t d) {
-  V totals[J][WAYS];
-  for (int j = 0; j < J; ++j)
-    for (int k = 0; k < WAYS; ++k)
-      totals[j][k] = starts && starts[j] ? load<V>(starts[j] + d + k * lanes<V>) : V{};
-  for (int64_t i = 0; i < count; ++i) {
-    V values[WAYS];
-    for (int k = 0; k < WAYS; ++k) values[k] = load<V>(rows[i] + d + k * lanes<V>);
-    for (int j = 0; j < J; ++j)
-      for (int k = 0; k < WAYS; ++k) totals[j][k] += weights[j * across + i * along] * values[k];
+// Those of the sum of two tensors and perhaps a bias, written as they are read.
+struct SummedRows {
+  Rows skip, branch;
+  const Element *bias;
+  Element *sum;
+
+  template <typename V> INLINE V at(int64_t u, int64_t d) const {
+    V value = branch.at<V>(u, d);
+    if (bias) value += load<V>(bias + d);
+    value = rounded(skip.at<V>(u, d) + value, sum);
+    store(sum + u * skip.width + d, value);
+    return value;
   }
-  for (int j = 0; j < J; ++j)
-    for (int k = 0; k < WAYS; ++k) store(outs[j] + d + k * lanes<V>, totals[j][k]);
-}
+};
 
-template <int J, typename In, typename Start, typename Out>
-void combine_some(const In *const *rows, int64_t count, const Real *weights, int64_t across,
-                  int64_t along, const Start *const *starts, Out *const *outs, int64_t width) {
-  int64_t d = 0;
-  for (; d + 2 * LANES <= width; d += 2 * LANES)
-    combine_here<J, 2, Vector>(rows, count, weights, across, along, starts, outs, d);
-  for (; d + LANES <= width; d += LANES)
-    combine_here<J, 1, Vector>(rows, count, weights, across, along, starts, outs, d);
-  for (; d < width; ++d)
-    combine_here<J, 1, Real>(rows, count, weights, across, along, starts, outs, d);
-}
-
-// outs[j] = starts[j] + sum over i of weights[j * across + i * along] * rows[i]. Sums stay in
-// registers: two vectors of up to four outs. `starts` or single ones may be null, for zeros.
-template <typename In, typename Start, typename Out>
-void combine(const In *const *rows, int64_t count, const Real *weights, int64_t across,
-             int64_t along, const Start *const *starts, Out *const *outs, int64_t outputs,
-             int64_t width) {
-  for (int64_t j = 0; j < outputs; j += 4) {
-    const Real *of = weights + j * across;
-    const Start *const *from = starts ? starts + j : nullptr;
-    switch (std::min<int64_t>(outputs - j, 4)) {
-      case 1: combine_some<1>(rows, count, of, across, along, from, outs + j, width); break;
-      case 2: combine_some<2>(rows, count, of, across, along, from, outs + j, width); break;
-      case 3: combine_some<3>(rows, count, of, across, along, from, outs + j, width); break;
-      default: combine_some<4>(rows, count, of, across, along, from, outs + j, width);
+// squares[u] = |row u|^2 and alongs[u] = row u . query, for the U rows from u on.
+template <int U, typename AnyRows>
+INLINE inline void measure_some(const AnyRows &rows, int64_t u, const Real *query, int64_t width,
+                                Real *squares, Real *alongs) {
+  Real square[U] = {}, along[U] = {};
+  for (int64_t begin = 0; begin < width; begin += STRETCH) {
+    Vector square_here[U] = {}, along_here[U] = {};
+    int64_t d = begin, end = std::min(begin + STRETCH, width);
+    for (; d + LANES <= end; d += LANES) {
+      Vector direction = load<Vector>(query + d);
+      for (int k = 0; k < U; ++k) {
+        Vector value = rows.template at<Vector>(u + k, d);
+        square_here[k] += value * value;
+        along_here[k] += value * direction;
+      }
     }
+    for (int k = 0; k < U; ++k) square[k] += total_of(square_here[k]);
+    for (int k = 0; k < U; ++k) along[k] += total_of(along_here[k]);
+    for (; d < end; ++d)
+      for (int k = 0; k < U; ++k) {
+        Real value = rows.template at<Real>(u + k, d);
+        square[k] += value * value;
+        along[k] += value * query[d];
+      }
   }
+  std::copy_n(square, U, squares + u);
+  std::copy_n(along, U, alongs + u);
+}
+template <typename AnyRows>
+void measure(const AnyRows &rows, int64_t some, const Real *query, int64_t width, Real *squares,
+             Real *alongs) {
+  int64_t u = 0;
+  for (; u + 4 <= some; u += 4) measure_some<4>(rows, u, query, width, squares, alongs);
+  for (; u < some; ++u) measure_some<1>(rows, u, query, width, squares, alongs);
+}
+
+// results[k] = left . rights[k]
+template <int K>
+INLINE inline void dots_some(const Real *left, const Element *const *rights, int64_t width,
+                             Real *results) {
+  Real result[K] = {};
+  for (int64_t begin = 0; begin < width; begin += STRETCH) {
+    Vector even[K] = {}, odd[K] = {};
+    int64_t d = begin, end = std::min(begin + STRETCH, width);
+    for (; d + 2 * LANES <= end; d += 2 * LANES) {
+      Vector one = load<Vector>(left + d), other = load<Vector>(left + d + LANES);
+      for (int k = 0; k < K; ++k) even[k] += one * load<Vector>(rights[k] + d);
+      for (int k = 0; k < K; ++k) odd[k] += other * load<Vector>(rights[k] + d + LANES);
+    }
+    for (int k = 0; k < K; ++k) result[k] += total_of(even[k] + odd[k]);
+    for (; d < end; ++d)
+      for (int k = 0; k < K; ++k) result[k] += left[d] * load<Real>(rights[k] + d);
+  }
+  std::copy_n(result, K, results);
+}
+void dots(const Real *left, const Element *const *rights, int64_t count, int64_t width,
+          Real *results) {
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) dots_some<4>(left, rights + k, width, results + k);
+  for (; k + 2 <= count; k += 2) dots_some<2>(left, rights + k, width, results + k);
+  for (; k < count; ++k) dots_some<1>(left, rights + k, width, results + k);
+}
+
+// use(sum over k of weights[k] * rows[k], half, position) over a row; sums stay in registers.
+template <int WAYS, typename V, typename Use>
+INLINE inline void combine_here(const Element *const *rows, int64_t count, const Real *weights,
+                                int64_t d, Use use) {
+  V totals[WAYS] = {};
+  for (int64_t k = 0; k < count; ++k)
+    for (int way = 0; way < WAYS; ++way)
+      totals[way] += weights[k] * load<V>(rows[k] + d + way * lanes<V>);
+  for (int way = 0; way < WAYS; ++way) use(totals[way], way, d + way * lanes<V>);
+}
+template <typename Use>
+INLINE inline void combine(const Element *const *rows, int64_t count, const Real *weights,
+                           int64_t width, Use use) {
+  int64_t d = 0;
+  for (; d + 8 * LANES <= width; d += 8 * LANES)
+    combine_here<8, Vector>(rows, count, weights, d, use);
+  for (; d + LANES <= width; d += LANES) combine_here<1, Vector>(rows, count, weights, d, use);
+  for (; d < width; ++d) combine_here<1, Real>(rows, count, weights, d, use);
 }
 
 // e^x to the last bit or two, without a call, so that loops over it can be vectorised.
@@ -341,10 +310,10 @@ void softmax(Real *logits, int64_t members, int64_t some) {
     for (int64_t u = 0; u < some; ++u) logits[m * TOKENS + u] /= total[u];
 }
 
-// The rows of one token in several tensors; `absent` stands for that of a missing tensor.
+// The rows of one token in several tensors.
 template <typename Row>
-void rows_at(std::vector<Row *> &rows, Row *const *tensors, int64_t offset, Row *absent = nullptr) {
-  for (size_t i = 0; i < rows.size(); ++i) rows[i] = tensors[i] ? tensors[i] + offset : absent;
+void rows_at(std::vector<Row *> &rows, Row *const *tensors, int64_t offset) {
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = tensors[i] + offset;
 }
 
 // `some` tensors at their places among `count`, and nulls.
@@ -355,14 +324,6 @@ std::vector<Row *> placed(Row *const *tensors, const int64_t *places, int64_t so
   return all;
 }
 
-template <typename Row> std::vector<Row *> rows_of(Row *matrix, int64_t count, int64_t width) {
-  std::vector<Row *> rows(count);
-  for (int64_t j = 0; j < count; ++j) rows[j] = matrix + j * width;
-  return rows;
-}
-
-constexpr const Element *const *ZEROS = nullptr;
-
 enum Norm { NONE, RMS, LAYER };
 
 // What a norm multiplies with and subtracts.
@@ -370,38 +331,26 @@ struct Normed {
   Real scale, mean;
 };
 
-// The mix of a token, rounded to Element, and its sum. `betas` are TOKENS apart. The factor goes to
-// them and not to the sum: n equal weights times n are one exactly, and the mix is the plain sum.
-Real mix_row(Real *mixed, const std::vector<const Element *> &rows, const Real *betas, Real factor,
-             int64_t width) {
-  Sum sum;
-  if (rows.size() == 2) {
-    const Element *first = rows[0], *second = rows[1];
-    Real one = factor * betas[0], other = factor * betas[TOKENS];
-    each(width, EACH {
-      auto value = one * load<KIND>(first + d) + other * load<KIND>(second + d);
-      value = rounded(value, first);
-      store(mixed + d, value);
-      sum.add(way, value);
-    });
-  } else {
-    std::vector<Real> shares(rows.size());
-    for (size_t k = 0; k < rows.size(); ++k) shares[k] = factor * betas[k * TOKENS];
-    combine(rows.data(), rows.size(), shares.data(), 0, 1, ZEROS, &mixed, 1, width);
-    each(width, EACH {
-      auto value = rounded(load<KIND>(mixed + d), rows[0]);
-      store(mixed + d, value);
-      sum.add(way, value);
-    });
-  }
-  return sum.total();
+// The mix of a token, rounded to Element, its sum and that of its squares. The weights hold the
+// factor: n equal weights times n are one exactly, and the mix is the plain sum.
+INLINE inline void mix_row(Real *mixed, const Element *const *rows, int64_t count,
+                           const Real *weights, int64_t width, Real *sum, Real *squares) {
+  Sum sums, squared;
+  combine(rows, count, weights, width, [&](auto value, int way, int64_t d) INLINE {
+    value = rounded(value, rows[0]);
+    store(mixed + d, value);
+    sums.add(value, way);
+    squared.add(value * value, way);
+  });
+  *sum = sums.total();
+  *squares = squared.total();
 }
 
 Real square_sum(const Real *row, Real mean, int64_t width) {
   Sum squares;
   each(width, EACH {
     auto value = load<KIND>(row + d) - mean;
-    squares.add(way, value * value);
+    squares.add(value * value, way);
   });
   return squares.total();
 }
@@ -429,8 +378,8 @@ void normed_backward(Real *total, const Out *arriving, const Real *row, Real *sc
     store(to_bias + d, load<KIND>(to_bias + d) + grad);
     if (weight) grad *= load<KIND>(weight + d);
     store(scratch + d, grad);
-    along.add(way, grad * unit);
-    sum.add(way, grad);
+    along.add(grad * unit, way);
+    sum.add(grad, way);
   });
   Real slope = along.total() / width, shift = norm == LAYER ? sum.total() / width : 0;
   each(width, EACH {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,21 +17,28 @@ from attnres_compile.kernels import cpp_library
 from attnres_compile.kernels.cpp_library import operator
 
 
+def call(source: torch.Tensor, **results: torch.Tensor) -> None:
+    """A site of one source, without a norm: room for results is made, but for what is given."""
+    query, rows = torch.ones(16), source.shape[:-1]
+    mixed = results.get("mixed", torch.empty(source.shape))
+    saved = results.get("saved", torch.empty(2, *rows))
+    norm = (0, None, None, 0.0, False)
+    arguments = ([source], 1, None, None, query, 1e-6, 2.0, *norm, None, mixed, None, saved)
+    operator("phase2", torch.float32)(*arguments)
+
+
 def test_operators_write_what_their_schema_says() -> None:
-    source, queries = torch.randn(3, 5, 16), torch.randn(2, 16)
-    logits, inverse_rms = torch.full((2, 3, 5), torch.nan), torch.full((3, 5), torch.nan)
-    complete = operator("complete", torch.float32)
-    complete(source, None, None, queries, 2, 1e-6, None, logits, inverse_rms)
-    expected = (source.square().mean(-1) + 1e-6).rsqrt()
-    torch.testing.assert_close(inverse_rms, expected)
-    torch.testing.assert_close(logits, torch.einsum("jd,...d->j...", queries, source) * expected)
+    source = torch.randn(3, 5, 16)
+    mixed, saved = torch.full((3, 5, 16), torch.nan), torch.full((2, 3, 5), torch.nan)
+    call(source, mixed=mixed, saved=saved)
+    inverse_rms = (source.square().mean(-1) + 1e-6).rsqrt()
+    torch.testing.assert_close(mixed, 2 * source)
+    torch.testing.assert_close(saved, torch.stack([source.sum(-1) * inverse_rms, inverse_rms]))
 
 
 def test_their_fakes_compute_nothing() -> None:
     with FakeTensorMode():
-        source, queries, logits = torch.empty(5, 16), torch.empty(2, 16), torch.empty(2, 5)
-        complete = operator("complete", torch.float32)
-        complete(source, None, None, queries, 2, 1e-6, None, logits, torch.empty(5))
+        call(torch.empty(5, 16))
 
 
 @pytest.mark.parametrize(
@@ -36,19 +47,51 @@ def test_their_fakes_compute_nothing() -> None:
     ids=["strides", "float64", "int32"],
 )
 def test_rows_that_lie_apart_or_are_of_another_dtype_are_an_error(source: torch.Tensor) -> None:
-    complete, queries = operator("complete", torch.float32), torch.randn(2, 16)
-    logits, inverse_rms = torch.empty(2, 5), torch.empty(5)
     with pytest.raises(RuntimeError, match="not contiguous, or not of the dtype of the stream"):
-        complete(source, None, None, queries, 2, 1e-6, None, logits, inverse_rms)
+        call(source)
 
 
 def test_a_stream_of_no_tokens() -> None:
-    source, queries, logits = torch.empty(0, 16), torch.randn(2, 16), torch.empty(2, 0)
-    complete = operator("complete", torch.float32)
-    complete(source, None, None, queries, 2, 1e-6, None, logits, torch.empty(0))
+    call(torch.empty(0, 16))
 
 
-SOURCE = Path(cpp_library.__file__).parent / "templates" / "phases.cpp"
+MAPPED = """
+import ctypes, torch
+from attnres_compile.kernels import cpp_library
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+library = ctypes.CDLL("libc.so.6")
+library.mallinfo2.restype = Info
+
+def mapped():
+    before = library.mallinfo2().hblks
+    block = torch.empty(16 << 20, dtype=torch.uint8)
+    return library.mallinfo2().hblks - before
+
+print(mapped())
+cpp_library.prepare(torch.float32)
+print(mapped())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does with freed memory")
+def test_memory_that_a_step_frees_stays_for_the_next() -> None:
+    """A large block is asked of the system before, and is part of the kept memory after."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", MAPPED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == ["1", "0"]
+
+
+SOURCE = Path(cpp_library.__file__).parent / "templates" / "phase2.cpp"
 
 
 KINDS = {  # of arguments: how they are written in C++, in front of the name

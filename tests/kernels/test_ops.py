@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import attnres_compile.functional
 from attnres_compile.errors import InputError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_library, cpp_phases, ops, plain_mix
+from attnres_compile.kernels import cpp_library, cpp_phase2, ops, plain_mix
 from mix_cases import assert_case_matches, make_case
 from tolerances import TOLERANCE, assert_matches
 
@@ -140,7 +140,7 @@ def library_calls(mix: Callable[..., Tensor], shape: tuple[int, ...], **options:
         names.append(name)
         return cpp_library.operator(name, dtype)
 
-    with mock.patch.object(cpp_phases, "operator", recorded):
+    with mock.patch.object(cpp_phase2, "operator", recorded):
         case.run(mix)
     return names
 
@@ -153,16 +153,17 @@ def test_rows_on_a_cpu_are_mixed_by_the_library() -> None:
     assert not library_calls(ops.mix, (2, 3, 48), dtype=torch.float16)
 
 
-def test_without_a_compiler_it_is_told_and_plain_pytorch_mixes(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("error", [InvalidCxxCompiler, OSError("failed to map segment")], ids=str)
+def test_without_a_library_it_is_told_and_plain_pytorch_mixes(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_compiler(dtype: torch.dtype) -> None:
-        raise InvalidCxxCompiler
+        raise error
 
     monkeypatch.setattr(cpp_library, "prepare", no_compiler)
     cpp_library.is_available.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"no C\+\+ compiler that works"):
+        with pytest.warns(UserWarning, match=r"C\+\+ library could not be built and loaded"):
             assert not library_calls(ops.mix, (2, 3, 48))
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # it is told once

@@ -40,6 +40,13 @@ def channels_last(case: MixCase) -> MixCase:
     return case
 
 
+def transposed(case: MixCase) -> MixCase:
+    """Tokens as a patch embedding leaves them: ``conv(x).flatten(2).transpose(1, 2)``."""
+    for source in case.sources:
+        source.data = source.data.transpose(1, 2).contiguous().transpose(1, 2)
+    return case
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -49,8 +56,9 @@ def channels_last(case: MixCase) -> MixCase:
         make_case(3, (8,), with_gain=False),
         make_case(2, (2, 8, 3, 4), dim=1),
         channels_last(make_case(2, (2, 8, 3, 4), dim=-3)),
+        transposed(make_case(3, (2, 5, 8))),
     ],
-    ids=["tokens", "one-source", "one-token", "images", "channels-last"],
+    ids=["tokens", "one-source", "one-token", "images", "channels-last", "transposed"],
 )
 def test_opcheck(case: MixCase, dtype: torch.dtype) -> None:
     sources = list(case.to(dtype).sources)
@@ -63,6 +71,18 @@ def test_opcheck(case: MixCase, dtype: torch.dtype) -> None:
         for wanted, wants_weight in [([*range(len(sources))], True), ([0], False)]:
             arguments = (mixed, sources, weight, *statistics, True, case.dim, wanted, wants_weight)
             torch.library.opcheck(MIX_BACKWARD, arguments)
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_a_mix_is_laid_out_as_its_first_source(dim: int) -> None:
+    """Whoever reads it may ask for a view."""
+    sources = transposed(make_case(3, (2, 8, 8))).sources
+    mixed = attnres(sources, torch.zeros(8), dim=dim)
+    assert mixed.transpose(1, 2).view(2, 64).shape == (2, 64)
+    grads = torch.autograd.grad(mixed.sum(), sources)
+    assert all(
+        grad.stride() == source.stride() for grad, source in zip(grads, sources, strict=True)
+    )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnres_compile.functional import attnres
-from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
+from attnres_compile.passes.inline_cpp_phase2 import InlineCppPhase2
 from tolerances import relative_error
 
 WIDTH = 8
@@ -44,14 +44,14 @@ class Network(nn.Module):
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     """How often an operator stands in the graphs after the pass."""
     found: Counts = {}
-    inline = InlineCppPhases.__call__
+    inline = InlineCppPhase2.__call__
 
-    def watched(self: InlineCppPhases, graph: fx.Graph) -> None:
+    def watched(self: InlineCppPhase2, graph: fx.Graph) -> None:
         inline(self, graph)
         for node in graph.nodes:
             found[str(node.target)] = found.get(str(node.target), 0) + 1
 
-    monkeypatch.setattr(InlineCppPhases, "__call__", watched)
+    monkeypatch.setattr(InlineCppPhase2, "__call__", watched)
     return found
 
 

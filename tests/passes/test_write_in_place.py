@@ -1,4 +1,4 @@
-"""What the C++ phases may write over, and what must stay."""
+"""What C++ may write over, and what must stay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_phases
+from attnres_compile.kernels import cpp_phase2
 from attnres_compile.passes.write_in_place import write_in_place
 from tolerances import relative_error
 
@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 def rooms_left(function: Function, *inputs: Tensor) -> int:
     """Of those as large as the first input, after the pass; values stay the same bit for bit."""
-    table = select_decomp_table()  # as the phases are traced for Inductor
+    table = select_decomp_table()  # as sites are traced for Inductor
     graph_module = make_fx(function, table, tracing_mode="fake")(*inputs)
     expected = graph_module(*[each.clone() for each in inputs])
     write_in_place(graph_module.graph)
@@ -38,9 +38,19 @@ def _makes_room(node: fx.Node, like: Tensor) -> bool:
     return "empty" in str(node.target) and node.meta["val"].shape == like.shape
 
 
+def site(
+    partial: Tensor, branch: Tensor, *, norm: str = "none", dtype: Any = None, query: Any = None
+) -> tuple[Tensor, ...]:
+    """A site that adds a branch to the partial sum; its mix is not wanted where there is a norm."""
+    query = partial.new_ones(partial.shape[-1]) if query is None else query
+    weight = None if norm == "none" else query
+    rest = (query, EPS, 2.0, norm, weight, None, EPS, dtype, False, -1)
+    return cpp_phase2.phase2(None, None, [], [partial, branch], *rest)
+
+
 def total(x: Tensor, first: Tensor) -> Tensor:
-    """The sum of two sources, as the phase that completes one forms it."""
-    return cpp_phases.complete([first, x], x.new_ones(3, x.shape[-1]), EPS, -1)[0]
+    """The sum of two sources, as a site forms it."""
+    return site(first, x)[0]
 
 
 def inputs_of(tokens: int, width: int, count: int) -> list[Tensor]:
@@ -51,101 +61,58 @@ SIZES = pytest.mark.parametrize(("tokens", "width"), [(5, 8), (33, 9), (17, 200)
 
 
 @SIZES
-def test_a_source_is_completed_where_its_partial_sum_was(tokens: int, width: int) -> None:
-    def function(x: Tensor) -> list[Tensor]:
-        logits = cpp_phases.complete([torch.sin(x), x], x.new_ones(9, width), EPS, -1)
-        return [*logits]
-
-    assert rooms_left(function, *inputs_of(tokens, width, 1)) == 0
-
-
-@SIZES
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
 def test_a_site_writes_over_partial_sum_and_branch(tokens: int, width: int, norm: str) -> None:
-    def function(x: Tensor, statistics: Tensor) -> list[Tensor]:
-        before, partial, branch = torch.sin(x), torch.cos(x), torch.tanh(x)
-        query, weight = x[0], x[1]
-        results = cpp_phases.phase2(
-            before, statistics, [], [partial, branch], query, EPS, 2.0, norm, weight, None, EPS,
-            x.dtype, False, -1,
-        )  # fmt: skip
-        return [*results]
+    def function(x: Tensor) -> list[Tensor]:
+        return [*site(torch.cos(x), torch.tanh(x), norm=norm)]
 
-    x, statistics = torch.randn(tokens, width), torch.randn(2, tokens)
-    assert rooms_left(function, x, statistics) == 0
+    assert rooms_left(function, torch.randn(tokens, width)) == 0
 
 
 @SIZES
 def test_where_the_partial_sum_is_kept_the_new_one_is_written_over_the_branch(
     tokens: int, width: int
 ) -> None:
-    def function(x: Tensor, statistics: Tensor) -> list[Tensor]:
-        before, partial, branch = torch.sin(x), torch.cos(x), torch.tanh(x)
-        results = cpp_phases.phase2(
-            before, statistics, [], [partial, branch], x[0], EPS, 2.0, "layer", x[1], None, EPS,
-            x.dtype, False, -1,
-        )  # fmt: skip
-        return [*results, partial]
+    def function(x: Tensor) -> list[Tensor]:
+        partial, branch = torch.cos(x), torch.tanh(x)
+        return [*site(partial, branch, norm="layer"), partial]
 
-    x, statistics = torch.randn(tokens, width), torch.randn(2, tokens)
-    assert rooms_left(function, x, statistics) == 0
+    assert rooms_left(function, torch.randn(tokens, width)) == 1  # for what the norm returns
 
 
 def test_rows_of_another_dtype_stay() -> None:
-    def function(x: Tensor, statistics: Tensor) -> list[Tensor]:
-        before, partial, branch = torch.sin(x), torch.cos(x), torch.tanh(x)
-        query = statistics.new_ones(8)
-        results = cpp_phases.phase2(
-            before, statistics, [], [partial, branch], query, EPS, 2.0, "rms", None, None, EPS,
-            torch.float32, False, -1,
-        )  # fmt: skip
-        return [*results]
+    def function(x: Tensor, query: Tensor) -> list[Tensor]:
+        partial, branch = torch.cos(x), torch.tanh(x)
+        return [*site(partial, branch, norm="rms", dtype=torch.float32, query=query)]
 
-    assert rooms_left(function, torch.randn(5, 8).bfloat16(), torch.randn(2, 5)) == 1
+    assert rooms_left(function, torch.randn(5, 8).bfloat16(), torch.ones(8)) == 1
+
+
+def backward(
+    x: Tensor, saved: Tensor, grad_partial: Tensor | None, grad_normed: Tensor, sources: int = 1
+) -> list[Tensor]:
+    """Of a site with a layer norm: the gradients of all its sources."""
+    of_site = ([x + k for k in range(1, sources)], x, x[0], 2.0, "layer", x[1], saved, -1)
+    which = (False, range(sources), True, True, True)
+    return cpp_phase2.phase2_backward(grad_partial, None, grad_normed, None, None, *of_site, *which)
 
 
 @SIZES
-def test_a_gradient_is_written_over_the_one_that_arrived(tokens: int, width: int) -> None:
+def test_gradients_are_written_over_those_that_arrived(tokens: int, width: int) -> None:
     def function(x: Tensor, saved: Tensor) -> list[Tensor]:
-        arriving = [torch.sin(x), torch.cos(x)]
-        return cpp_phases.phase2_backward(
-            arriving[0], None, arriving[1], x, saved[:2], [], x + 1, x[0], 2.0, "layer", x[1],
-            saved, -1, True, [0], True, True, True,
-        )  # fmt: skip
+        return backward(x, saved, torch.sin(x), torch.cos(x), sources=2)
 
-    x, saved = torch.randn(tokens, width), torch.rand(4, tokens)
+    x, saved = torch.randn(tokens, width), torch.rand(6, tokens)
     assert rooms_left(function, x, saved) == 0
 
 
 @SIZES
-@pytest.mark.parametrize("arrived", [[0, 1], [1]])
-def test_gradients_of_sources_are_written_over_those_that_they_add(
-    tokens: int, width: int, arrived: list[int]
-) -> None:
-    def function(x: Tensor, logits: Tensor) -> list[Tensor]:
-        carriers = [torch.sin(x), torch.cos(x)][-len(arrived) :]
-        statistics = torch.stack([logits, logits], 1)
-        return cpp_phases.phase1_backward(
-            [x * 2, x * 3], [0, 2], statistics, carriers, arrived, [x, -x], [logits, -logits],
-            statistics, [0, 1], True, -1,
-        )  # fmt: skip
+def test_what_arrived_holds_one_gradient_only(tokens: int, width: int) -> None:
+    def function(x: Tensor, saved: Tensor) -> list[Tensor]:
+        return backward(x, saved, None, torch.cos(x), sources=3)
 
-    x, logits = torch.randn(tokens, width), torch.randn(5, tokens)
-    assert rooms_left(function, x, logits) == 2 - len(arrived)
-
-
-@SIZES
-def test_the_gradient_of_a_completed_source_is_written_over_its_own(
-    tokens: int, width: int
-) -> None:
-    def function(x: Tensor, logits: Tensor) -> list[Tensor]:
-        queries = x[:3]
-        return cpp_phases.complete_backward(
-            torch.sin(x), logits, x, queries, logits, logits[0], -1, True, True
-        )
-
-    x, logits = torch.randn(tokens, width), torch.randn(3, tokens)
-    assert rooms_left(function, x, logits) == 0
+    x, saved = torch.randn(tokens, width), torch.rand(8, tokens)
+    assert rooms_left(function, x, saved) == 2
 
 
 def read_later(x: Tensor) -> list[Tensor]:
@@ -177,8 +144,7 @@ def of_the_caller(x: Tensor) -> list[Tensor]:
 
 def read_by_the_same_call(x: Tensor) -> list[Tensor]:
     old = torch.sin(x)
-    source = cpp_phases.complete([old, x], old[:3], EPS, -1)
-    return [*source]
+    return [site(old, x, query=old[0])[0]]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +159,11 @@ def read_by_the_same_call(x: Tensor) -> list[Tensor]:
     ],
 )
 def test_what_somebody_reads_after_stays(function: Function) -> None:
-    assert rooms_left(function, *inputs_of(5, 8, 1)) == 1
+    assert rooms_left(function, *inputs_of(5, 8, 1)) == 2  # the sum's and the mix's
+
+
+def test_what_nobody_reads_after_does_not() -> None:
+    assert rooms_left(lambda x: [total(x, torch.sin(x))], *inputs_of(5, 8, 1)) == 1
 
 
 def test_a_result_of_an_operator_without_a_schema_stays() -> None:

@@ -1,4 +1,4 @@
-"""What becomes of the C++ phases in the graphs that Inductor lowers."""
+"""What becomes of sites in C++ in the graphs that Inductor lowers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import FakeTensorMode
 
 from attnres_compile.functional import attnres
-from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
+from attnres_compile.passes.inline_cpp_phase2 import InlineCppPhase2
 from tolerances import relative_error
 
 SITES = ("phase2", "phase2_backward")
@@ -28,14 +28,14 @@ PHASES = {f"attnres.{name}.default" for name in SITES}
 def targets(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The operators in every graph after the pass."""
     found: set[str] = set()
-    inline = InlineCppPhases.__call__
+    inline = InlineCppPhase2.__call__
 
-    def watched(self: InlineCppPhases, graph: fx.Graph) -> None:
+    def watched(self: InlineCppPhase2, graph: fx.Graph) -> None:
         inline(self, graph)
         graph.lint()
         found.update(str(node.target) for node in graph.nodes)
 
-    monkeypatch.setattr(InlineCppPhases, "__call__", watched)
+    monkeypatch.setattr(InlineCppPhase2, "__call__", watched)
     return found
 
 
@@ -100,29 +100,30 @@ def test_a_graph_without_phases_is_left_alone() -> None:
     x = graph.placeholder("x")
     graph.call_function(torch.ops.aten.sin.default, (x,))
     graph.output(x)
-    InlineCppPhases()(graph)
+    InlineCppPhase2()(graph)
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
 
 
 def test_a_graph_out_of_order_is_put_in_order() -> None:
     mode, graph = FakeTensorMode(), fx.Graph()
+    rest = (1e-6, 1.0, "none", None, None, 0.0, None, True, -1, "cpp")
     with mode:
-        x, queries = torch.empty(3, 8), torch.empty(2, 8)
-        values = torch.ops.attnres.complete([x], queries, 1e-6, -1, "cpp")
-    inputs = {"x": x, "queries": queries}
+        x, query = torch.empty(3, 8), torch.empty(8)
+        values = torch.ops.attnres.phase2(None, None, [x], [], query, *rest)
+    inputs = {"x": x, "query": query}
     nodes = {name: graph.placeholder(name) for name in inputs}
-    arguments = ([nodes["x"]], nodes["queries"], 1e-6, -1, "cpp")
-    phase = graph.call_function(torch.ops.attnres.complete.default, arguments)
-    logits = graph.call_function(operator.getitem, (phase, 1))
-    reader = graph.call_function(torch.ops.aten.sin.default, (logits,))
+    arguments = (None, None, [nodes["x"]], [], nodes["query"], *rest)
+    site = graph.call_function(torch.ops.attnres.phase2.default, arguments)
+    mixed = graph.call_function(operator.getitem, (site, 1))
+    reader = graph.call_function(torch.ops.aten.sin.default, (mixed,))
     graph.output(reader)
-    made = {phase: values, logits: values[1], reader: values[1]}
+    made = {site: values, mixed: values[1], reader: values[1]}
     for node, value in ({nodes[name]: inputs[name] for name in inputs} | made).items():
         node.meta["val"] = value
-    phase.prepend(reader)
-    InlineCppPhases()(graph)
+    site.prepend(reader)
+    InlineCppPhase2()(graph)
     order = [str(node.target) for node in graph.nodes]
-    assert order.index("attnres.cpp_complete.float32") < order.index("aten.sin.default")
+    assert order.index("attnres.cpp_phase2.float32") < order.index("aten.sin.default")
 
 
 @pytest.mark.parametrize(

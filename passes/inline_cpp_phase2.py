@@ -1,22 +1,23 @@
-"""Put what the C++ phases do into the graph that Inductor lowers: room, and calls that write to it.
+"""Put what C++ does for a site into the graph that Inductor lowers: room, and calls that fill it.
 
-A phase that computes in C++ is one operator until here, so that autograd and the passes of Inductor
-see what it is. At the end it becomes the operators that its function in ``cpp_phases.py`` calls.
+A site that is computed in C++ is one operator until here, so that autograd and Inductor's passes
+see what it is. At the end it becomes the operators that its function in ``cpp_phase2.py`` calls.
 Inductor then plans the memory of its results with all the rest: they go where a buffer has just
 become free and not to new pages, and a call costs half as much.
 
-Contract: values are the same bit for bit, but for the biases that ``absorb_biases.py`` moves.
+Contract: values are the same bit for bit, but for the additions that ``absorb_biases.py`` and
+``absorb_gradients.py`` move.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
@@ -24,14 +25,14 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from attnres_compile.kernels import cpp_library, cpp_phases, phases
-from attnres_compile.kernels.plain_phases import stand_in
+from attnres_compile.kernels import cpp_library, cpp_phase2, phases
 from attnres_compile.passes.absorb_biases import absorb_biases
+from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.cpp_calls import arguments_of
 from attnres_compile.passes.write_in_place import write_in_place
 
 
-class InlineCppPhases(CustomGraphPass):
+class InlineCppPhase2(CustomGraphPass):
     """The pass, as Inductor runs it after its own ones."""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -47,29 +48,25 @@ class InlineCppPhases(CustomGraphPass):
                 _inline(graph, node, bodies[node.target])
             else:
                 graph.erase_node(node)
+        absorb_gradients(graph)
         absorb_biases(graph)
         write_in_place(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        used = (InlineCppPhases, absorb_biases, arguments_of, write_in_place)
+        used = (InlineCppPhase2, absorb_biases, absorb_gradients, arguments_of, write_in_place)
         passes = [inspect.getfile(each) for each in used]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
 
 def _bodies() -> dict[Any, Callable[..., Any]]:
-    """What computes each phase in C++, by its operator."""
-    assert phases.complete is not None  # has registered the operators
-    bodies = {name: getattr(cpp_phases, name) for name in cpp_library.NAMES} | {"phase1": _phase1}
-    return {getattr(torch.ops.attnres, name).default: body for name, body in bodies.items()}
-
-
-def _phase1(
-    sources: Sequence[Tensor], carriers: Sequence[Tensor], logits: Sequence[Tensor], dim: int
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    mixes, statistics = cpp_phases.phase1(sources, logits, dim)
-    return mixes, statistics, [stand_in(source) for source in sources]
+    """What computes each operator in C++."""
+    assert phases.phase2 is not None  # has registered the operators
+    return {
+        getattr(torch.ops.attnres, name).default: getattr(cpp_phase2, name)
+        for name in cpp_library.NAMES
+    }
 
 
 def _inline(graph: fx.Graph, node: fx.Node, body: Callable[..., Any]) -> None:

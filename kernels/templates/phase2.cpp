@@ -1,0 +1,152 @@
+// One site of Block Attention Residuals on a CPU, in one pass over its sources. The formulas stand
+// in phase2.py of this package; names of arguments are those of the schemas in cpp_library.py.
+//
+// All tensors are contiguous with the channels last: `tokens` rows of `width` elements. Rows stay
+// in the first-level cache while a token is worked on, so each is read from memory once. Every
+// thread has a contiguous run of tokens, and sums over tokens are formed per thread and added up in
+// the order of threads, so that results do not vary from run to run. Null pointers stand for what
+// is missing or what nobody wants. Arguments are in the order of these schemas, results last, and
+// after them the sizes.
+
+// The last of the sources may be a partial sum: then `branch`, unless it is null, is added to it,
+// with `branch_bias`, into `partial`. `saved` holds a row of logits per source, then one of inverse
+// RMS per source, then the norm's scale and mean. `wide` says that normed rows are of type Real.
+extern "C" void phase2(const Element **sources, int64_t count, const Element *branch,
+                       const Element *branch_bias, const Real *query, double eps, double factor,
+                       int64_t norm, const Real *weight, const Real *bias, double norm_eps,
+                       int64_t wide, Element *partial, Element *mixed, void *normed, Real *saved,
+                       int64_t tokens, int64_t width, int64_t threads) {
+  over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
+    std::vector<Real> mixes(TOKENS * width), betas(count * TOKENS), shares(count);
+    std::vector<const Element *> tensors(sources, sources + count), rows(count);
+    if (branch) tensors.back() = partial;
+    int64_t batch = batch_of(width);
+    in_batches(begin, end, batch, [&](int64_t t, int64_t some) {
+      for (int64_t k = 0; k < count; ++k) {
+        Real *logits = saved + k * tokens + t, *inverses = saved + (count + k) * tokens + t;
+        Real *beta = &betas[k * TOKENS];
+        Rows source{sources[k] + t * width, width, batch};
+        if (branch && k == count - 1) {
+          Rows more{branch + t * width, width, batch};
+          SummedRows sum{source, more, branch_bias, partial + t * width};
+          measure(sum, some, query, width, inverses, logits);
+        } else {
+          measure(source, some, query, width, inverses, logits);
+        }
+#pragma omp simd
+        for (int64_t u = 0; u < some; ++u) {
+          inverses[u] = 1 / std::sqrt(inverses[u] / width + Real(eps));
+          beta[u] = logits[u] *= inverses[u];
+        }
+      }
+      softmax(betas.data(), count, some);
+      Real means[TOKENS], scales[TOKENS];
+      for (int64_t u = 0; u < some; ++u) {
+        rows_at(rows, tensors.data(), (t + u) * width);
+        for (int64_t k = 0; k < count; ++k) shares[k] = Real(factor) * betas[k * TOKENS + u];
+        Real *row = &mixes[u * width];
+        mix_row(row, rows.data(), count, shares.data(), width, &means[u], &scales[u]);
+        if (mixed) copy_row(mixed + (t + u) * width, row, width);
+      }
+      if (norm == NONE) return;
+      if (norm == RMS) std::fill_n(means, some, Real(0));
+      for (int64_t u = 0; norm == LAYER && u < some; ++u) {
+        means[u] /= width;
+        scales[u] = square_sum(&mixes[u * width], means[u], width);
+      }
+      for (int64_t u = 0; u < some; ++u)
+        scales[u] = 1 / std::sqrt(scales[u] / width + Real(norm_eps));
+      std::copy_n(scales, some, saved + 2 * count * tokens + t);
+      if (norm == LAYER) std::copy_n(means, some, saved + (2 * count + 1) * tokens + t);
+      for (int64_t u = 0; u < some; ++u) {
+        Normed state{scales[u], means[u]};
+        const Real *row = &mixes[u * width];
+        int64_t offset = (t + u) * width;
+        if (wide)
+          write_normed((Real *)normed + offset, row, state, weight, bias, width);
+        else
+          write_normed((Element *)normed + offset, row, state, weight, bias, width);
+      }
+    });
+  });
+}
+
+// Gradients that have `arrived` for some sources are added to those that are `wanted`. What is
+// wanted for the branch's bias is the sum over tokens of the last source's gradient.
+extern "C" void phase2_backward(const Element **sources, int64_t count, const Element **arriving,
+                                const int64_t *arrived, int64_t arrivals,
+                                const Element *grad_mixed, const void *grad_normed, int64_t wide,
+                                const Real *query, double factor, int64_t norm,
+                                const Real *weight, const Real *saved, Element **grads,
+                                const int64_t *wanted, int64_t wants, Real *grad_query,
+                                Real *grad_weight, Real *grad_bias, Real *grad_branch_bias,
+                                int64_t tokens, int64_t width, int64_t threads) {
+  auto all_arriving = placed(arriving, arrived, arrivals, count);
+  auto all_grads = placed(grads, wanted, wants, count);
+  Shares sums(threads, 4 * width);
+  over_tokens(tokens, threads, [&](int thread, int64_t begin, int64_t end) {
+    std::vector<Real> row(width), total(width), scratch(width), betas(count * TOKENS);
+    std::vector<Real> shares(count), slopes(count), towards_query(count);
+    std::vector<const Element *> rows(count);
+    Real *to_query = sums.of(thread), *to_weight = to_query + width, *to_bias = to_weight + width,
+         *to_branch_bias = to_bias + width;
+    in_batches(begin, end, TOKENS, [&](int64_t start, int64_t some) {
+      for (int64_t k = 0; k < count; ++k)
+        std::copy_n(saved + k * tokens + start, some, &betas[k * TOKENS]);
+      softmax(betas.data(), count, some);
+      for (int64_t u = 0; u < some; ++u) {
+        int64_t t = start + u;
+        rows_at(rows, sources, t * width);
+        for (int64_t k = 0; k < count; ++k) shares[k] = Real(factor) * betas[k * TOKENS + u];
+        if (grad_mixed)
+          copy_row(total.data(), grad_mixed + t * width, width);
+        else
+          std::fill(total.begin(), total.end(), Real(0));
+        if (grad_normed) {
+          Real sum, squares;
+          mix_row(row.data(), rows.data(), count, shares.data(), width, &sum, &squares);
+          Normed state{saved[2 * count * tokens + t],
+                       norm == LAYER ? saved[(2 * count + 1) * tokens + t] : 0};
+          if (wide)
+            normed_backward(total.data(), (const Real *)grad_normed + t * width, row.data(),
+                            scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
+          else
+            normed_backward(total.data(), (const Element *)grad_normed + t * width, row.data(),
+                            scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
+        }
+        dots(total.data(), rows.data(), count, width, slopes.data());
+        Real expected = 0;
+        for (int64_t k = 0; k < count; ++k) expected += betas[k * TOKENS + u] * slopes[k];
+        for (int64_t k = 0; k < count; ++k) {
+          Real inverse = saved[(count + k) * tokens + t];
+          towards_query[k] = shares[k] * (slopes[k] - expected) * inverse;
+        }
+        combine(rows.data(), count, towards_query.data(), width,
+                [&](auto value, int, int64_t d) INLINE {
+                  store(to_query + d, load<decltype(value)>(to_query + d) + value);
+                });
+        for (int64_t k = 0; k < count; ++k) {
+          if (!all_grads[k]) continue;
+          bool sums_grad = k == count - 1 && grad_branch_bias;
+          const Element *source = rows[k];
+          const Element *more = all_arriving[k] ? all_arriving[k] + t * width : nullptr;
+          Element *out = all_grads[k] + t * width;
+          Real share = shares[k], slope = towards_query[k];
+          Real inverse = saved[(count + k) * tokens + t], logit = saved[k * tokens + t];
+          Real towards_self = slope * inverse * logit / width;
+          each(width, EACH {
+            auto grad = share * load<KIND>(total.data() + d) + slope * load<KIND>(query + d)
+                        - towards_self * load<KIND>(source + d);
+            if (more) grad += load<KIND>(more + d);
+            store(out + d, grad);
+            if (sums_grad) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
+          });
+        }
+      }
+    });
+  });
+  sums.add_up(grad_query, 0, width);
+  sums.add_up(grad_weight, width, width);
+  sums.add_up(grad_bias, 2 * width, width);
+  sums.add_up(grad_branch_bias, 3 * width, width);
+}
