@@ -22,12 +22,14 @@ extern "C" void phase2(const Element **sources, int64_t count, const Element *br
     if (branch) tensors.back() = partial;
     int64_t batch = batch_of(width);
     in_batches(begin, end, batch, [&](int64_t t, int64_t some) {
+      int64_t after = (t + batch) * width;
       for (int64_t k = 0; k < count; ++k) {
         Real *logits = saved + k * tokens + t, *inverses = saved + (count + k) * tokens + t;
         Real *beta = &betas[k * TOKENS];
-        Rows source{sources[k] + t * width, width, batch};
+        const Element *next = k + 1 < count ? sources[k + 1] + t * width : sources[0] + after;
+        Rows source{sources[k] + t * width, next, width};
         if (branch && k == count - 1) {
-          Rows more{branch + t * width, width, batch};
+          Rows more{branch + t * width, branch + after, width};
           SummedRows sum{source, more, branch_bias, partial + t * width};
           measure(sum, some, query, width, inverses, logits);
         } else {

@@ -131,14 +131,14 @@ template <typename A, typename B> INLINE inline void copy_row(A *to, const B *fr
 constexpr int64_t TOKENS = 16;    // at most that are worked on together
 constexpr int64_t STRETCH = 512;  // of a row that is added up by itself: sums of sums are more exact
 
-// The rows of tokens, one after the other. Those of all sources are read in turns, too many for
-// the processor to see what comes next: `ahead` says how many rows later that is.
+// The rows of tokens, one after the other, and those that are asked for next: all sources are read
+// in turns, too many for the processor to see what comes.
 struct Rows {
-  const Element *first;
-  int64_t width, ahead;
+  const Element *first, *next;
+  int64_t width;
 
   template <typename V> INLINE V at(int64_t u, int64_t d) const {
-    __builtin_prefetch(first + (u + ahead) * width + d);
+    __builtin_prefetch(next + u * width + d);
     return load<V>(first + u * width + d);
   }
 };
