@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def converted_model(name: str, num_blocks: int = 4) -> tuple[Any, Any]:
     return converted, (args, kwargs)
 
 
-def compile_with(model: nn.Module, kernels: str, **options: Any) -> Any:
+def compile_with(model: Callable[..., Any], kernels: str, **options: Any) -> Any:
     options = {"kernels": kernels, **options}
     return torch.compile(model, backend="attnres", fullgraph=True, options=options)
 

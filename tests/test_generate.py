@@ -95,7 +95,11 @@ def test_generation_equals_recomputation(name: str, options: dict[str, str]) -> 
         assert not torch.equal(tokens[:, ids.shape[1] :], recomputed(plain, tokens, mask))
 
 
-@both_caches
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"cache_implementation": "static"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_encoder_decoder_generation_equals_recomputation(options: dict[str, str]) -> None:
     converted, plain = converted_case("t5")
     ids, mask = prompts(int(converted.config.vocab_size))

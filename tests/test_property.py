@@ -51,7 +51,7 @@ def check_answer(recipe: Recipe, route: str) -> None:
     assert found_in(trace(network, an_input(), route=route), network) == answer
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(recipes())
 def test_the_analysis_finds_exactly_the_streams_there_are(recipe: Recipe) -> None:
     check_answer(recipe, "symbolic")
@@ -65,7 +65,7 @@ def test_so_it_does_in_captured_graphs(route: str, recipe: Recipe) -> None:
     check_answer(recipe, route)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(recipes(), st.sampled_from(["full", 1, 2, 3]))
 def test_sources_sum_to_the_states_and_zero_queries_change_nothing(
     recipe: Recipe, num_blocks: Any

@@ -48,11 +48,11 @@ QUICK_EXTRAS = {
     "joint_streams",
 }
 # Long ones, of kinds of which others are converted each time.
-LONG = {"kimi_linear", "mamba", "gemma3", "torchvision_mobilenet_v2"}
+LONG = {"kimi_linear", "mamba", "gemma3", "torchvision_mobilenet_v2", "bloom", "opt"}
 # Other orders of the layers that gpt_neox and falcon have.
 LONG |= {"gpt_neox_sequential", "falcon_sequential", "falcon_new_decoder_architecture"}
-# One of each kind; in float32, which tells less, all of them are compared.
-IN_DOUBLE = {"llama", "t5", "vit", "convnext", "preact_resnet"}
+# One of each layout; in float32, which tells less, all of them are compared.
+IN_DOUBLE = {"llama", "convnext", "preact_resnet"}
 
 
 def slow_if(condition: bool) -> list[pytest.MarkDecorator]:
