@@ -75,7 +75,8 @@ def _additions(loop: Loop, view: Dataflow) -> list[fx.Node]:
 def _unroll(module: fx.GraphModule, loop: Loop, trips: int) -> None:
     call, state = loop.call, list(loop.carried)
     editor = Editor(module.graph, call)
-    meta = {key: call.meta[key] for key in _OF_THE_CALL if key in call.meta}
+    # A call in the owner's own forward is in no module: then its copies are in none either.
+    meta = {"nn_module_stack": {}, **{k: call.meta[k] for k in _OF_THE_CALL if k in call.meta}}
     outputs: list[list[Any]] = []
     with module.graph.inserting_before(call):
         for trip in range(trips):
