@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_bodies import body_of
 from attnres_compile.passes.graph_values import CONSTANT, is_weight, shape_of, value_of
 
@@ -93,7 +94,7 @@ def _is_made_of_weights(node: fx.Node) -> bool:
 
 
 class _NotConstantError(Exception):
-    """A value that depends on the inputs, on a weight or on chance; says which."""
+    """A value that depends on the inputs, on a weight, on chance or on a write; says which."""
 
 
 def _counted_trips(loop: Loop, condition: fx.GraphModule) -> int | str:
@@ -102,15 +103,18 @@ def _counted_trips(loop: Loop, condition: fx.GraphModule) -> int | str:
     condition_inputs = condition.graph.find_nodes(op="placeholder")
     counters = _counters(loop, condition_inputs, another)
     starts = [*loop.carried, *loop.captured]
+    graphs = (loop.call.graph, loop.body.graph, condition.graph)
+    written = frozenset(node for graph in graphs for node in _overwritten(graph))
     try:
         with torch.no_grad(), unset_fake_temporarily():
-            values = {i: _evaluate(starts[i], {}) for i in sorted(counters)}
+            values = {i: _evaluate(starts[i], {}, written) for i in sorted(counters)}
             for trips in range(MOST_TRIPS + 1):
-                if not _evaluate(another, {condition_inputs[i]: v for i, v in values.items()}):
+                seen = {condition_inputs[i]: value for i, value in values.items()}
+                if not _evaluate(another, seen, written):
                     return trips
                 known = {loop.inputs[i]: value for i, value in values.items()}
                 carried = [i for i in values if i < len(loop.carried)]
-                values |= {i: _evaluate(loop.results[i], known) for i in carried}
+                values |= {i: _evaluate(loop.results[i], known, written) for i in carried}
     except _NotConstantError as unknown:
         return f"takes a number of iterations that depends on {unknown}"
     return f"takes more than {MOST_TRIPS} iterations"
@@ -135,10 +139,23 @@ def _inputs_of(values: Iterable[Any]) -> set[fx.Node]:
     return {node for node in pending if node.op == "placeholder"}
 
 
-def _evaluate(value: Any, known: Mapping[fx.Node, Any]) -> Any:
-    """The number behind a node, which is computed from constants and what is `known`."""
+def _overwritten(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes in whose memory something is written: what made them does not say their value."""
+    view = Dataflow.of(graph)
+    changed = {
+        made_by
+        for made_by, writers in view.writers.items()
+        if any(ops.operation(writer) != "detach" for writer in writers)  # as an export adds
+    }
+    return [node for node, made_by in view.memory.items() if made_by in changed]
+
+
+def _evaluate(value: Any, known: Mapping[fx.Node, Any], written: frozenset[fx.Node]) -> Any:
+    """The number behind a node, computed from constants and what is `known`; none is `written`."""
     if not isinstance(value, fx.Node):
         return value
+    if value in written:
+        raise _NotConstantError(f"{value.name!r}, which is written in place")
     if value in known:
         return known[value]
     if CONSTANT in value.meta:
@@ -147,8 +164,8 @@ def _evaluate(value: Any, known: Mapping[fx.Node, Any]) -> Any:
         raise _NotConstantError(f"{'a weight' if is_weight(value) else 'an input'}, {value.name!r}")
     if ops.operation(value) in _RANDOM or not _is_one_number(value_of(value)):
         raise _NotConstantError(f"the result of {ops.operation(value)!r}")
-    args = fx.node.map_arg(value.args, lambda node: _evaluate(node, known))
-    kwargs = fx.node.map_arg(value.kwargs, lambda node: _evaluate(node, known))
+    args = fx.node.map_arg(value.args, lambda node: _evaluate(node, known, written))
+    kwargs = fx.node.map_arg(value.kwargs, lambda node: _evaluate(node, known, written))
     return _function(value)(*args, **kwargs)
 
 

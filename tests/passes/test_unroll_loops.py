@@ -66,6 +66,21 @@ def zero(m: Any, x: Tensor) -> Tensor:
     return torch.tensor(0)
 
 
+def written(write: Callable[[Tensor], Any], shape: tuple[int, ...] = ()) -> Body:
+    """A while_loop whose counter is changed in place before the loop."""
+
+    def start(m: Any, x: Tensor) -> Tensor:
+        i = torch.zeros(shape, dtype=torch.long)
+        write(i)
+        return i
+
+    return counting(start, lambda m, i, x: (i < 3).all())
+
+
+def first_is_one(i: Tensor) -> None:
+    i[0] = 1
+
+
 def nested(m: Any, x: Tensor) -> Any:
     """Two iterations around three."""
 
@@ -111,6 +126,7 @@ LOOPS: dict[str, tuple[Body, int]] = {
         counting(lambda m, x: torch.full((), 6), lambda m, i, x: i > 0, lambda i: i - 2),
         3,
     ),
+    "while_loop from a number that is read only": (written(lambda i: i.add(1)), 3),
     "while_loop up to a size": (counting(zero, lambda m, i, x: i < m.positions.shape[0]), 4),
 }
 
@@ -162,6 +178,17 @@ RECURRENCES: dict[str, tuple[Body, str]] = {
     "up to a buffer's value": (
         counting(zero, lambda m, i, x: i < m.memory[0, 0] + 3),
         "takes a number of iterations",
+    ),
+    "from a number that is added to": (written(lambda i: i.add_(1)), "is written in place"),
+    "from a number that is filled": (written(lambda i: i.fill_(1)), "is written in place"),
+    "from a number that is set": (written(first_is_one, (1,)), "is written in place"),
+    "from a number that a view changes": (
+        written(lambda i: i.view(()).add_(1)),
+        "is written in place",
+    ),
+    "from a number that is an output": (
+        written(lambda i: torch.add(i, 1, out=i)),
+        "is written in place",
     ),
     "for ever": (
         counting(zero, lambda m, i, x: i >= 0),
