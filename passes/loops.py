@@ -19,9 +19,17 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_bodies import body_of
-from attnres_compile.passes.graph_values import CONSTANT, is_weight, shape_of, value_of
+from attnres_compile.passes.graph_values import (
+    CONSTANT,
+    is_weight,
+    shape_of,
+    source_line,
+    value_of,
+)
 
 MOST_TRIPS = 1000
+ITERATION_OF = "attnres_loop"
+"""Key of `node.meta` for the name of the loop that a node was unrolled from."""
 _RANDOM = frozenset(
     "rand randn randint randperm bernoulli normal multinomial poisson empty".split()
 )
@@ -62,6 +70,18 @@ def is_loop(node: fx.Node) -> bool:
     return node.target in (torch.ops.higher_order.scan, torch.ops.higher_order.while_loop)
 
 
+def name_of(call: fx.Node) -> str:
+    """A loop as a person knows it: ``scan at model.py:123``."""
+    return f"{call.target} at {source_line(call) or call.name}"
+
+
+def loops_behind(graph: fx.Graph) -> list[str]:
+    """The names of the loops that a graph has or had, before they were unrolled."""
+    found = {name_of(node) for node in graph.nodes if is_loop(node)}
+    found |= {node.meta[ITERATION_OF] for node in graph.nodes if ITERATION_OF in node.meta}
+    return sorted(found)
+
+
 def loop_of(module: fx.GraphModule, call: fx.Node) -> Loop:
     """The parts of a call for which `is_loop` holds."""
     arguments: list[Any] = list(call.args)
@@ -77,7 +97,7 @@ def trip_count(loop: Loop) -> int | str:
     """How often the body runs, whatever the inputs are; or why that is not known."""
     if loop.condition is not None:
         return _counted_trips(loop, loop.condition)
-    if not any(_is_made_of_weights(each) for each in loop.stacked):
+    if not all(_is_made_of_weights(each) for each in loop.stacked):
         return "runs over a dimension of the inputs, whose size is not a depth of the model"
     trips = shape_of(loop.stacked[0])[0]
     return trips if trips <= MOST_TRIPS else f"takes {trips} iterations, more than {MOST_TRIPS}"

@@ -22,7 +22,7 @@ from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_bodies import copy_body, erase_call, replace_results
 from attnres_compile.passes.graph_editor import Editor
 from attnres_compile.passes.inline_checkpoints import REGION
-from attnres_compile.passes.loops import Loop, is_loop, loop_of, trip_count
+from attnres_compile.passes.loops import ITERATION_OF, Loop, is_loop, loop_of, name_of, trip_count
 
 aten = torch.ops.aten
 
@@ -76,7 +76,8 @@ def _unroll(module: fx.GraphModule, loop: Loop, trips: int) -> None:
     call, state = loop.call, list(loop.carried)
     editor = Editor(module.graph, call)
     # A call in the owner's own forward is in no module: then its copies are in none either.
-    meta = {"nn_module_stack": {}, **{k: call.meta[k] for k in _OF_THE_CALL if k in call.meta}}
+    meta = {ITERATION_OF: name_of(call), "nn_module_stack": {}}
+    meta |= {key: call.meta[key] for key in _OF_THE_CALL if key in call.meta}
     outputs: list[list[Any]] = []
     with module.graph.inserting_before(call):
         for trip in range(trips):

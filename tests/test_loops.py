@@ -19,7 +19,7 @@ from torch._higher_order_ops.scan import scan
 
 import attnres_compile
 from attnres_compile import AttnResConfig
-from attnres_compile.errors import NothingToConvertError
+from attnres_compile.errors import MismatchError, NothingToConvertError
 from conversions import randomize, sites_of
 from oracle_mixer import BlockMixer, Mixing, OracleStream
 from tolerances import relative_error
@@ -338,3 +338,22 @@ def test_a_looping_module_in_another_runs_as_in_python() -> None:
     with torch.no_grad():
         compiled = torch.compile(converted, backend="attnres", fullgraph=True)
         assert relative_error(compiled(x), expected[0]) <= TOLERANCE
+
+
+def one_turn_a_token(m: Any, x: Tensor) -> Tensor:
+    state: Tensor = m.scan(
+        lambda x, i: (x + attention(x, m.first[0]), x.sum()), x, torch.arange(x.shape[1])
+    )[0]
+    return state
+
+
+@pytest.mark.parametrize("first", [4, 5])
+def test_as_many_iterations_as_tokens_are_refused_at_another_length(first: int) -> None:
+    """Sizes are constants of a capture: it cannot be told from a number of layers."""
+    model, _, x = both_kinds(one_turn_a_token)
+    converted: Any = attnres_compile.convert(model, (x,))
+    longer = torch.cat([x, x[:, :1]], 1)
+    if first == 4:  # then the size is symbolic in the second call
+        assert relative_error(converted(x), model(x)) <= TOLERANCE
+    with pytest.raises(MismatchError, match=r"scan at test_loops.py:\d+ runs as often as an inp"):
+        converted(longer)

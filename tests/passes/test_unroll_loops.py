@@ -103,6 +103,18 @@ def two_a_turn(m: Any, x: Tensor) -> Any:
     return scan(turn, x, (stacked(m), stacked(m).flip(0)))
 
 
+def beside(other: Callable[[Any, Tensor], Tensor]) -> Body:
+    """A scan over weights and something else, of three slices too."""
+
+    def body(m: Any, x: Tensor) -> Any:
+        def turn(x: Tensor, slices: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return step(x, slices[0] * slices[1].sum()), x.sum()
+
+        return scan(turn, x, (stacked(m), other(m, x)))
+
+    return body
+
+
 def two_carried(m: Any, x: Tensor) -> Any:
     """The second value takes part in the branches, and is no stream itself."""
 
@@ -118,6 +130,7 @@ LOOPS: dict[str, tuple[Body, int]] = {
     "scan over weights": (over(lambda m, x: stacked(m)), 3),
     "scan over a buffer": (over(lambda m, x: m.memory), 4),
     "scan over numbers": (over(lambda m, x: torch.arange(5)), 5),
+    "scan over weights and numbers": (beside(lambda m, x: torch.arange(3)), 3),
     "scan in reverse": (over(lambda m, x: stacked(m), reverse=True), 3),
     "two additions an iteration": (two_a_turn, 6),
     "two carried values": (two_carried, 3),
@@ -166,6 +179,10 @@ def test_the_values_are_the_same(body: Body) -> None:
 
 RECURRENCES: dict[str, tuple[Body, str]] = {
     "over the inputs": (over(lambda m, x: x.transpose(0, 1).sum((1, 2))), "runs over a dimension"),
+    "over the inputs and weights": (
+        beside(lambda m, x: x.transpose(0, 1)[:3]),
+        "runs over a dimension",
+    ),
     "until a value": (counting(zero, lambda m, i, x: x.sum() < 9), "takes a number of iterations"),
     "from an input": (
         counting(lambda m, x: x.sum().long(), lambda m, i, x: i < 3),
