@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
-from attnres_compile.passes.graph_bodies import body_of
+from attnres_compile.passes.graph_bodies import body_of, copy_body
 from attnres_compile.passes.graph_values import (
     CONSTANT,
     is_weight,
@@ -26,6 +26,7 @@ from attnres_compile.passes.graph_values import (
     source_line,
     value_of,
 )
+from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 
 MOST_TRIPS = 1000
 ITERATION_OF = "attnres_loop"
@@ -91,6 +92,39 @@ def loop_of(module: fx.GraphModule, call: fx.Node) -> Loop:
     condition, body, carried, captured = arguments
     checked = body_of(module, condition)
     return Loop(call, body_of(module, body), (*carried,), (), (*captured,), checked)
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """The first two iterations of a loop, in a graph of their own.
+
+    Attributes:
+        module: the graph; its inputs are those of the body, then the slices of the second time.
+        carried: the inputs that the carried values start from.
+        results: what becomes of these.
+    """
+
+    module: fx.GraphModule
+    carried: list[fx.Node]
+    results: list[fx.Node]
+
+
+def two_iterations(loop: Loop) -> Iterations:
+    """What carries on from one iteration to the next: in one body its inputs are unrelated."""
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    first = [module.graph.node_copy(each) for each in loop.inputs]
+    count, end = len(loop.carried), len(loop.carried) + len(loop.stacked)
+    slices = [module.graph.node_copy(each) for each in loop.inputs[count:end]]
+    for each in slices:
+        each.target = each.name  # no two inputs of one name
+    state = copy_body(module, loop.body, first, "first", {})[:count]
+    second = [*state, *slices, *first[end:]]
+    results = copy_body(module, loop.body, second, "second", {})
+    module.graph.output(results)
+    inline_checkpoints(module)
+    outputs: Any = module.graph.output_node().args[0]
+    carried_on = [each for each in outputs[:count] if isinstance(each, fx.Node)]
+    return Iterations(module, first[:count], carried_on)
 
 
 def trip_count(loop: Loop) -> int | str:

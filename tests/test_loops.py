@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 from torch._higher_order_ops.scan import scan
+from torch.utils.checkpoint import checkpoint
 
 import attnres_compile
 from attnres_compile import AttnResConfig
@@ -299,6 +300,47 @@ def two_modules(m: Any, x: Tensor) -> Tensor:
     return state
 
 
+def sum_and_branch(m: Any, x: Tensor) -> Tensor:
+    """The addition of an iteration is that of the branch before: its body alone shows none."""
+
+    def body(state: Any, weight: Tensor) -> Any:
+        branch, total = state
+        total = branch + total
+        return (feed_forward(total, weight), total), total.sum()
+
+    branch, total = m.scan(body, (x, torch.zeros_like(x)), m.first)[0]
+    return branch + total
+
+
+def state_and_its_norm(m: Any, x: Tensor) -> Tensor:
+    def body(state: Any, weight: Tensor) -> Any:
+        x = state[0] + torch.tanh(state[1] @ weight)
+        return (x, norm(x)), x.sum()
+
+    result: Tensor = m.scan(body, (x, norm(x)), m.first)[0][1]
+    return result
+
+
+def two_that_swap(m: Any, x: Tensor) -> Tensor:
+    def body(state: Any, weight: Tensor) -> Any:
+        a, b = state
+        return (b.clone(), a + feed_forward(b, weight)), x.sum()
+
+    a, b = m.scan(body, (x, 2 * x), torch.cat([m.first, m.second]))[0]
+    return torch.sin(a) + b
+
+
+def checkpointed(m: Any, x: Tensor) -> Tensor:
+    def layer(x: Tensor, weight: Tensor) -> Tensor:
+        return x + feed_forward(x, weight)
+
+    def body(x: Tensor, weight: Tensor) -> Any:
+        return checkpoint(layer, x, weight, use_reentrant=False), x.sum()
+
+    state: Tensor = m.scan(body, x, m.first)[0]
+    return state
+
+
 def both_kinds(loop: Any, wrap: Any = lambda model: model) -> tuple[nn.Module, nn.Module, Tensor]:
     """A model with a loop and its twin in Python, of the same weights."""
     model, x = build(lambda: wrap(Looping(loop, scan, while_loop)))
@@ -323,8 +365,19 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert (a - b).abs().max().item() <= TOLERANCE * max(b.abs().max().item(), 1e-3)
 
 
-@pytest.mark.parametrize("loop", [module_in_while_loop, module_in_scan, two_modules])
-def test_modules_in_a_loop_run_as_in_python(loop: Any) -> None:
+@pytest.mark.parametrize(
+    "loop",
+    [
+        module_in_while_loop,
+        module_in_scan,
+        two_modules,
+        sum_and_branch,
+        state_and_its_norm,
+        two_that_swap,
+        checkpointed,
+    ],
+)
+def test_loops_run_as_in_python(loop: Any) -> None:
     model, twin, x = both_kinds(loop)
     assert_same(outcome(model, x), outcome(twin, x))
 

@@ -246,6 +246,40 @@ def sums(m: Any, x: Tensor) -> Tensor:
     return scan(turn, x[0], m.positions)[0]
 
 
+def around_a_constant(m: Any, x: Tensor) -> Tensor:
+    """A fixed point: every iteration starts anew, and nothing adds up."""
+
+    def turn(state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        state = x + torch.tanh(F.layer_norm(state, (WIDTH,)) @ weight)
+        return state, state.sum()
+
+    return scan(turn, torch.zeros_like(x), stacked(m))[0]
+
+
+def pairs(xs: Callable[[Any, Tensor], Tensor]) -> Body:
+    """Adds the branch of the iteration before: one body alone shows no residual addition."""
+
+    def body(m: Any, x: Tensor) -> Any:
+        def turn(state: tuple[Tensor, Tensor], each: Tensor) -> Any:
+            total = state[0] + state[1]
+            branch = torch.tanh(F.layer_norm(total, (WIDTH,)) @ (m.f.weight + each.mean()))
+            return (branch, total), total.sum()
+
+        return scan(turn, (x, torch.zeros_like(x)), xs(m, x))[0]
+
+    return body
+
+
+@ROUTES
+def test_an_addition_that_shows_from_one_iteration_to_the_next(route: str) -> None:
+    (stream,) = find_streams(trace(pairs(lambda m, x: stacked(m)), route=route).graph).streams
+    assert len(stream.additions) == 2  # the first one adds to zeros
+    module = trace(pairs(lambda m, x: x.transpose(0, 1)), route=route)
+    assert loops(module) == 1
+    (refusal,) = find_streams(module.graph).refusals
+    assert "runs over a dimension of the inputs" in refusal.reason
+
+
 @ROUTES
 def test_a_loop_that_carries_no_stream_stays(route: str) -> None:
     module = trace(apart, route=route)
@@ -253,6 +287,7 @@ def test_a_loop_that_carries_no_stream_stays(route: str) -> None:
     reasons = [refusal.reason for refusal in find_streams(module.graph).refusals]
     assert len(reasons) == 2
     assert all("carries no stream from one iteration to the next" in reason for reason in reasons)
+    assert loops(trace(around_a_constant, route=route)) == 1
     module = trace(sums, route=route)
     assert loops(module) == 1
     assert not find_streams(module.graph).refusals
