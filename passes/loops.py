@@ -21,6 +21,7 @@ from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_bodies import body_of, copy_body
 from attnres_compile.passes.graph_values import (
     CONSTANT,
+    dtype_of,
     is_weight,
     shape_of,
     source_line,
@@ -31,9 +32,14 @@ from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 MOST_TRIPS = 1000
 ITERATION_OF = "attnres_loop"
 """Key of `node.meta` for the name of the loop that a node was unrolled from."""
-_RANDOM = frozenset(
-    "rand randn randint randperm bernoulli normal multinomial poisson empty".split()
+_UNKNOWN = frozenset(
+    "rand randn randint randperm bernoulli normal multinomial poisson rand_like randn_like"
+    " randint_like empty empty_like empty_strided new_empty new_empty_strided".split()
 )
+"""Operators whose result is chance, or what was in its memory before."""
+_NEW = frozenset("new_zeros new_ones new_full".split())
+"""Operators that know of the tensor they belong to its dtype and device, and nothing else."""
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def _is_made_of_weights(node: fx.Node) -> bool:
     for current in pending:
         if current.op == "placeholder" and not is_weight(current):
             return False
-        pending += [each for each in current.all_input_nodes if each not in pending]
+        pending += [each for each in _sources(current) if each not in pending]
     return True
 
 
@@ -160,7 +166,7 @@ def _counted_trips(loop: Loop, condition: fx.GraphModule) -> int | str:
     graphs = (loop.call.graph, loop.body.graph, condition.graph)
     written = frozenset(node for graph in graphs for node in _overwritten(graph))
     try:
-        with torch.no_grad(), unset_fake_temporarily():
+        with torch.no_grad(), unset_fake_temporarily(), _CPU:
             values = {i: _evaluate(starts[i], {}, written) for i in sorted(counters)}
             for trips in range(MOST_TRIPS + 1):
                 seen = {condition_inputs[i]: value for i, value in values.items()}
@@ -189,8 +195,13 @@ def _counters(loop: Loop, condition_inputs: list[fx.Node], another: Any) -> set[
 def _inputs_of(values: Iterable[Any]) -> set[fx.Node]:
     pending = [value for value in values if isinstance(value, fx.Node)]
     for current in pending:
-        pending += [each for each in current.all_input_nodes if each not in pending]
+        pending += [each for each in _sources(current) if each not in pending]
     return {node for node in pending if node.op == "placeholder"}
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What the values of a node, and how many they are, come from."""
+    return node.all_input_nodes[ops.operation(node) in _NEW :]
 
 
 def _overwritten(graph: fx.Graph) -> list[fx.Node]:
@@ -207,7 +218,7 @@ def _overwritten(graph: fx.Graph) -> list[fx.Node]:
 def _evaluate(value: Any, known: Mapping[fx.Node, Any], written: frozenset[fx.Node]) -> Any:
     """The number behind a node, computed from constants and what is `known`; none is `written`."""
     if not isinstance(value, fx.Node):
-        return value
+        return _CPU if isinstance(value, torch.device) else value
     if value in written:
         raise _NotConstantError(f"{value.name!r}, which is written in place")
     if value in known:
@@ -216,10 +227,18 @@ def _evaluate(value: Any, known: Mapping[fx.Node, Any], written: frozenset[fx.No
         return value.meta[CONSTANT]
     if not value.op.startswith("call") or not callable(_function(value)):
         raise _NotConstantError(f"{'a weight' if is_weight(value) else 'an input'}, {value.name!r}")
-    if ops.operation(value) in _RANDOM or not _is_one_number(value_of(value)):
-        raise _NotConstantError(f"the result of {ops.operation(value)!r}")
-    args = fx.node.map_arg(value.args, lambda node: _evaluate(node, known, written))
-    kwargs = fx.node.map_arg(value.kwargs, lambda node: _evaluate(node, known, written))
+    name, args = ops.operation(value), value.args
+    if name in _UNKNOWN:
+        raise _NotConstantError(f"the result of {name!r}")
+    if not _is_one_number(value_of(value)):
+        raise _NotConstantError(f"the result of {name!r}, which is not one number")
+    if name in _NEW:
+        args = (torch.empty((), dtype=dtype_of(value.all_input_nodes[0])), *args[1:])
+    args, kwargs = fx.node.map_aggregate(
+        (args, value.kwargs), lambda part: _evaluate(part, known, written)
+    )
+    if "device" in kwargs:  # a name: of the meta device, too, where no number can be read
+        kwargs = {**kwargs, "device": _CPU}
     return _function(value)(*args, **kwargs)
 
 

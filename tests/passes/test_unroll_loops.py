@@ -140,6 +140,14 @@ LOOPS: dict[str, tuple[Body, int]] = {
         3,
     ),
     "while_loop from a number that is read only": (written(lambda i: i.add(1)), 3),
+    "while_loop from a number of an input's dtype": (
+        counting(lambda m, x: x.new_zeros((), dtype=torch.long), lambda m, i, x: i < 3),
+        3,
+    ),
+    "while_loop from a number on an input's device": (
+        counting(lambda m, x: torch.zeros((), device=x.device), lambda m, i, x: i < 3),
+        3,
+    ),
     "while_loop up to a size": (counting(zero, lambda m, i, x: i < m.positions.shape[0]), 4),
 }
 
@@ -177,6 +185,19 @@ def test_the_values_are_the_same(body: Body) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_loop_on_the_meta_device() -> None:
+    """Its counter is where the weights are, and nobody can read it there."""
+    for start in (
+        lambda m, x: torch.zeros((), device=x.device),
+        lambda m, x: torch.tensor(0).to(x.device),
+        lambda m, x: x.new_zeros(()),
+        lambda m, x: torch.zeros((), device="meta"),
+    ):
+        model = Branches(counting(start, lambda m, i, x: i < 3)).to("meta")
+        module = trace(model, torch.empty(2, 4, WIDTH, device="meta"), route="dynamo")
+        assert not loops(module)
+
+
 RECURRENCES: dict[str, tuple[Body, str]] = {
     "over the inputs": (over(lambda m, x: x.transpose(0, 1).sum((1, 2))), "runs over a dimension"),
     "over the inputs and weights": (
@@ -191,6 +212,14 @@ RECURRENCES: dict[str, tuple[Body, str]] = {
     "from chance": (
         counting(lambda m, x: torch.randint(3, ()), lambda m, i, x: i < 3),
         "depends on the result of 'randint'",
+    ),
+    "from memory as it was": (
+        counting(lambda m, x: torch.empty((), dtype=torch.long), lambda m, i, x: i < 3),
+        "depends on the result of 'empty'",
+    ),
+    "from several numbers": (
+        counting(lambda m, x: torch.zeros(2), lambda m, i, x: (i < 3).all()),
+        "depends on the result of 'zeros', which is not one number",
     ),
     "up to a buffer's value": (
         counting(zero, lambda m, i, x: i < m.memory[0, 0] + 3),
