@@ -30,10 +30,12 @@ def explain_bodies(graph: fx.Graph, count: Callable[[fx.Graph], int]) -> list[Re
 def _per_iteration(node: fx.Node, count: Callable[[fx.Graph], int]) -> int:
     """How many residual additions the bodies of a call have; some show from one to the next."""
     owner = node.graph.owning_module
-    if is_loop(node) and owner is not None:
-        in_two = count(two_iterations(loop_of(owner, node)).module.graph)
-        return (in_two + 1) // 2
-    return sum(count(body.graph) for body in _bodies(node))
+    if not is_loop(node) or owner is None:
+        return sum(count(body.graph) for body in _bodies(node))
+    loop = loop_of(owner, node)
+    if trip_count(loop) == 0:
+        return 0
+    return (count(two_iterations(loop).module.graph) + 1) // 2
 
 
 def _why_closed(node: fx.Node) -> str:

@@ -309,6 +309,14 @@ def test_an_addition_that_shows_from_one_iteration_to_the_next(route: str) -> No
     assert "runs over a dimension of the inputs" in refusal.reason
 
 
+def test_a_loop_that_never_runs_adds_nothing() -> None:
+    module = trace(counting(zero, lambda m, i, x: i < 0), route="dynamo")
+    assert loops(module) == 1
+    found = find_streams(module.graph)
+    assert not found.streams
+    assert not found.refusals
+
+
 @ROUTES
 def test_a_loop_that_carries_no_stream_stays(route: str) -> None:
     module = trace(apart, route=route)
