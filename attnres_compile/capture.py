@@ -149,7 +149,7 @@ _LOGGER_METHODS = ("debug", "info", "warning", "warning_once", "info_once", "err
 def open_bodies(module: fx.GraphModule) -> None:
     """Puts what Dynamo hides in graphs within a graph where the analysis sees it, in place."""
     inline_checkpoints(module)
-    if unroll_loops(module):
+    while unroll_loops(module):
         inline_checkpoints(module)
 
 

@@ -20,6 +20,7 @@ from attnres_compile.module import live_owner, live_owners
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_values import module_path
 from attnres_compile.passes.identify_additions import identify_additions
+from attnres_compile.passes.loops import loops_behind
 from attnres_compile.passes.redirect_reads import redirect_reads
 from attnres_compile.passes.rewrite_deltas import deltas_first, rewrite_deltas
 from attnres_compile.passes.rewrite_residuals import rewrite_residuals
@@ -200,7 +201,7 @@ def _matched(
     for layout in marker.layout.streams:
         stream = by_additions.get(layout.additions)
         if stream is None:
-            raise _mismatch(layout, list(by_additions))
+            raise _mismatch(layout, list(by_additions), loops_behind(marker.node.graph))
         _check_sites(stream, layout)
         parameters = {
             state: (next(remaining), next(remaining) if layout.gains else None)
@@ -223,7 +224,9 @@ def _check_sites(stream: ResidualStream, layout: StreamLayout) -> None:
     )
 
 
-def _mismatch(layout: StreamLayout, found: list[tuple[tuple[str, int], ...]]) -> MismatchError:
+def _mismatch(
+    layout: StreamLayout, found: list[tuple[tuple[str, int], ...]], loops: list[str]
+) -> MismatchError:
     expected = len(layout.additions)
     closest = max(found, key=lambda f: len(set(f) & set(layout.additions)), default=())
     missing = [i for i in layout.additions if i not in closest][:1]
@@ -233,10 +236,14 @@ def _mismatch(layout: StreamLayout, found: list[tuple[tuple[str, int], ...]]) ->
         for word, ids in (("without", missing), ("with", extra))
         for path, ordinal in ids
     )
+    repeated = (
+        f" (Where {' or '.join(loops)} runs as often as an input is long, every length is another "
+        "path: such a loop cannot be converted.)"
+    )
     return MismatchError(
         f"stream {layout.name!r}: the plan has {expected} residual additions, this call of the "
         f"model has {len(closest)}{detail}. Plan it with example inputs that take the same path "
         "through the model, and keep layers switched on that the plan knows. (Where the stream "
         "starts from a parameter that is broadcast over the batch, batches of one are another "
-        "path: plan with a batch of several.)"
+        "path: plan with a batch of several.)" + (repeated if loops else "")
     )

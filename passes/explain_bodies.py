@@ -8,7 +8,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 
 from attnres_compile.passes.graph_values import module_path, source_line
-from attnres_compile.passes.loops import is_loop, loop_of, trip_count
+from attnres_compile.passes.loops import is_loop, loop_of, trip_count, two_iterations
 from attnres_compile.passes.streams import Refusal
 
 
@@ -18,13 +18,24 @@ def explain_bodies(graph: fx.Graph, count: Callable[[fx.Graph], int]) -> list[Re
     for node in graph.nodes:
         if not isinstance(node.target, HigherOrderOperator):
             continue
-        found = sum(count(body.graph) for body in _bodies(node))
+        found = _per_iteration(node, count)
         reason = (
             f"the residual addition stands in the body of {node.target}, which {_why_closed(node)}"
         )
         refusal = Refusal("inner-graph", reason, module_path(node), source_line(node))
         refusals += [refusal] * found
     return refusals
+
+
+def _per_iteration(node: fx.Node, count: Callable[[fx.Graph], int]) -> int:
+    """How many residual additions the bodies of a call have; some show from one to the next."""
+    owner = node.graph.owning_module
+    if not is_loop(node) or owner is None:
+        return sum(count(body.graph) for body in _bodies(node))
+    loop = loop_of(owner, node)
+    if trip_count(loop) == 0:
+        return 0
+    return (count(two_iterations(loop).module.graph) + 1) // 2
 
 
 def _why_closed(node: fx.Node) -> str:

@@ -17,12 +17,21 @@ import networkx as nx
 import torch
 from torch import fx
 
+from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.find_streams import find_streams
 from attnres_compile.passes.graph_bodies import copy_body, erase_call, replace_results
 from attnres_compile.passes.graph_editor import Editor
 from attnres_compile.passes.inline_checkpoints import REGION
-from attnres_compile.passes.loops import Loop, is_loop, loop_of, trip_count
+from attnres_compile.passes.loops import (
+    ITERATION_OF,
+    Loop,
+    is_loop,
+    loop_of,
+    name_of,
+    trip_count,
+    two_iterations,
+)
 
 aten = torch.ops.aten
 
@@ -51,31 +60,37 @@ def unroll_loops(module: fx.GraphModule) -> int:
 
 
 def carries_stream(loop: Loop) -> bool:
-    """Whether a carried value goes through a residual addition on its way to the next iteration."""
-    view = Dataflow.of(loop.body.graph)
-    additions = _additions(loop, view)
+    """Whether a residual addition stands between what is carried into two iterations and out.
+
+    Its skip and its branch are both made of carried values: ``x = a + f(x)`` adds nothing up.
+    """
+    twice = two_iterations(loop)
+    view = Dataflow.of(twice.module.graph)
+    made = {node for start in twice.carried for node in (start, *nx.descendants(view.flow, start))}
+    used = {node for end in twice.results for node in (end, *nx.ancestors(view.flow, end))}
     return any(
-        nx.has_path(view.flow, start, each) and nx.has_path(view.flow, each, end)
-        for start, end in zip(loop.inputs, loop.results[: len(loop.carried)], strict=False)
-        for each in additions
-        if isinstance(end, fx.Node)
+        is_loop(each) or sum(operand in made for operand in ops.operands(each)) > 1
+        for each in _additions(twice.module, view)
+        if each in made & used
     )
 
 
-def _additions(loop: Loop, view: Dataflow) -> list[fx.Node]:
-    """What is or was refused as a residual addition in a body, and loops in it that carry some."""
-    found = find_streams(loop.body.graph)
+def _additions(module: fx.GraphModule, view: Dataflow) -> list[fx.Node]:
+    """What is or was refused as a residual addition in a graph, and loops in it that carry some."""
+    found = find_streams(module.graph)
     names = {refusal.node for refusal in found.refusals}
     names |= {addition.node.name for stream in found.streams for addition in stream.additions}
     inner = [node for node in view.order if is_loop(node)]
-    carrying = [node for node in inner if carries_stream(loop_of(loop.body, node))]
+    carrying = [node for node in inner if carries_stream(loop_of(module, node))]
     return [node for node in view.order if node.name in names] + carrying
 
 
 def _unroll(module: fx.GraphModule, loop: Loop, trips: int) -> None:
     call, state = loop.call, list(loop.carried)
     editor = Editor(module.graph, call)
-    meta = {key: call.meta[key] for key in _OF_THE_CALL if key in call.meta}
+    # A call in the owner's own forward is in no module: then its copies are in none either.
+    meta = {ITERATION_OF: name_of(call), "nn_module_stack": {}}
+    meta |= {key: call.meta[key] for key in _OF_THE_CALL if key in call.meta}
     outputs: list[list[Any]] = []
     with module.graph.inserting_before(call):
         for trip in range(trips):
