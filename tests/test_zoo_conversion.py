@@ -171,7 +171,13 @@ def check_original(conversion: Conversion) -> None:
         assert torch.equal(left, right)
 
 
-TRAINED = ["gpt2", "t5", "swin", "torchvision_convnext", "preact_resnet", "nanogpt_targets"]
+TRAINED = [
+    "gpt2",
+    "t5",
+    "preact_resnet",
+    "nanogpt_targets",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin", "torchvision_convnext")),
+]
 
 
 @pytest.mark.parametrize("name", TRAINED)
