@@ -1,4 +1,4 @@
-"""Biases of linear layers that the C++ phases add, and what must be left alone."""
+"""Biases of linear layers that C++ adds, and what must be left alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def errors(network: Network, dtype: torch.dtype = torch.float64) -> dict[str, fl
     return {name: relative_error(actual[name], expected[name]) for name in expected}
 
 
-def test_the_phases_add_the_biases_that_they_can(counts: Counts) -> None:
+def test_sites_add_the_biases_that_they_can(counts: Counts) -> None:
     found = errors(Network())
     assert max(found.values()) < 1e-10, found
     # The second layer of a block is added to the first's result, by the site that opens the next
