@@ -45,7 +45,9 @@ def mix_backward(
     del product
     alphas = torch.softmax(logits, dim=0)
     coefficients = alphas * len(sources) if count else alphas
-    grad_logits = coefficients * (slopes - (alphas * slopes).sum(dim=0))
+    grad_logits = softmax_backward(alphas, slopes)
+    if count:
+        grad_logits = grad_logits * len(sources)
     towards_weight = grad_logits * inverse_rms
     towards_source = towards_weight * inverse_rms * logits / -grad.shape[dim]
 
@@ -112,6 +114,17 @@ def _attend(
     if count:
         coefficients = coefficients * len(sources)
     return coefficients.unbind(), logits, inverse_rms
+
+
+def softmax_backward(weights: Tensor, slopes: Tensor) -> Tensor:
+    """The gradients of logits from those of their softmax, both [N, ...].
+
+    ``a_i (t_i - sum_j a_j t_j)``, with all t counted from that of the largest weight: where this
+    weight is close to one, so is its t to the sum, and of their difference few digits would be
+    left.
+    """
+    slopes = slopes - slopes.gather(0, weights.argmax(0, keepdim=True))
+    return weights * (slopes - (weights * slopes).sum(0))
 
 
 def effective_query(query: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnres_compile.kernels.plain_mix import softmax_backward
 from attnres_compile.kernels.reference import arithmetic_dtype
 
 
@@ -117,7 +118,7 @@ def phase1_backward(
         for i, source in enumerate(sources):
             for site, row in zip(sites, rows, strict=True):
                 slopes[i, site] = (row * _rows(source, dim)).sum(-1)
-        grads.append(alphas * (slopes - grad_statistics[:, 1] + grad_statistics[:, 0]))
+        grads.append(softmax_backward(alphas, slopes) + alphas * grad_statistics[:, 0])
     return grads
 
 
@@ -221,7 +222,7 @@ def phase2_backward(
     total *= count
 
     slopes = torch.stack([(total * member).sum(-1) for member in members])
-    grad_logits = betas * (slopes - (betas * slopes).sum(0))
+    grad_logits = softmax_backward(betas, slopes)
     grads = []
     if wants_before:
         grads.append(_source(betas[0].unsqueeze(-1) * total, dim, like.dtype))

@@ -153,7 +153,7 @@ def phase1_backward(
 ) -> Specialisation:
     """``templates/phase1_backward.py.jinja``, for the sites ``present``."""
     signature = _Signature(dtype, images=images)
-    slopes_of = sources - 1 if wants_slopes else 0
+    slopes_of = sources_with_slopes(sources, dtype) if wants_slopes else 0
     signature.add("row", *_numbered("grad_mix", present))
     signature.add("statistic", "weights")
     signature.add("row", *_numbered("source", range(slopes_of)))
@@ -177,7 +177,8 @@ def phase1_logits(*, sources: int, sites: int, tiles: int, dtype: torch.dtype) -
     if sources > 1:
         signature.add("statistic", "slopes", "weights")
     signature.add("statistic", "grad_statistics", "grad_logits")
-    constants = {"sources": sources, "sites": sites, "tiles": tiles}
+    slopes_of = sources_with_slopes(sources, dtype)
+    constants = {"sources": sources, "slopes_of": slopes_of, "sites": sites, "tiles": tiles}
     return signature.finish("phase1_logits", constants, "tokens", block=128)
 
 
@@ -293,6 +294,15 @@ def sum_partials(*, dtype: torch.dtype) -> Specialisation:
     signature = _Signature(dtype, images=False)
     signature.add("vector", "partials", "result")
     return signature.finish("sum_partials", {"tile": 256}, "programs", "size", warps=2)
+
+
+def sources_with_slopes(sources: int, dtype: torch.dtype) -> int:
+    """Of how many sources phase 1 forms the slopes that the gradients of logits come from.
+
+    Those of 16 bits go without the newest, which is a row less to read; ``phase1.py`` says what
+    that costs.
+    """
+    return sources - 1 if sources == 1 or dtype.itemsize == 2 else sources
 
 
 def streaming_tile(width: int) -> int:

@@ -155,7 +155,8 @@ def phase1_backward(
     incoming = dict(zip(arrived, contiguous(grad_carriers), strict=True))
     results = {i: layout.source() for i in wanted}
     tiles = -(-layout.width // specialise.streaming_tile(layout.width))
-    slopes = layout.statistics(tiles, count - 1, all_sites)
+    slopes_of = specialise.sources_with_slopes(count, sources[0].dtype)
+    slopes = layout.statistics(tiles, slopes_of, all_sites)
     if len(sites) < all_sites:  # what no kernel writes
         slopes.zero_()
     for group in groups(len(sites), specialise.MAX_SITES["phase1_backward"]) or [range(0)]:
@@ -171,7 +172,7 @@ def phase1_backward(
             dtype=sources[0].dtype,
             images=layout.images,
         )
-        arguments = named("source", sources[:-1] if wants_logits else [])
+        arguments = named("source", sources[:slopes_of] if wants_logits else [])
         arguments |= {f"grad_mix{j}": by_site[j] for j in present}
         arguments |= {f"grad_carrier{i}": grad for i, grad in incoming.items()}
         arguments |= {f"grad_source{i}": grad for i, grad in results.items()}

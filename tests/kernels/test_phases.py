@@ -5,7 +5,7 @@ import torch
 
 from attnres_compile.errors import BackendError, InputError
 from attnres_compile.kernels import phases
-from phase_cases import PhaseCase, by_phases, by_specification
+from phase_cases import SHARP, PhaseCase, by_phases, by_specification
 from tolerances import relative_error
 
 CASES = [
@@ -47,6 +47,11 @@ def test_composed_they_are_the_mix(case: PhaseCase, stand_ins: bool) -> None:
 def test_lower_precision(case: PhaseCase, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     assert_phases_match(case, dtype, "reference", tolerance)
+
+
+@pytest.mark.parametrize("case", SHARP, ids=str)
+def test_where_one_source_has_nearly_all_the_weight(case: PhaseCase) -> None:
+    assert_phases_match(case, torch.float32, "reference", 2e-6)
 
 
 def site_arguments(norm: str, *, before: bool, sources: int, addends: int) -> tuple[object, ...]:

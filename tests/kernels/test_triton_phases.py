@@ -51,7 +51,7 @@ def test_in_double_precision() -> None:
 
 
 def test_rules() -> None:
-    checks = ("direct", "liger", "frozen", "missing", "layouts", "repeated", "opcheck")
+    checks = ("sharp", "direct", "liger", "frozen", "missing", "layouts", "repeated", "opcheck")
     found = run_worker(*checks)
     assert not any(found.values()), found
 
