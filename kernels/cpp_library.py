@@ -143,7 +143,7 @@ def _defined() -> Any:
         for dtype in DTYPES.values():
             overload = f"cpp_{name}.{dtype}"
             schema = f"{overload}({arguments}) -> ()"
-            library.define(schema, tags=(torch.Tag.needs_exact_strides,))
+            library.define(schema)  # how it is laid out: passes/realize_rows.py
             torch.library.register_fake(f"attnres::{overload}", lambda *_: None, lib=library)
     return library
 

@@ -13,7 +13,7 @@ from attnres_compile.passes.graph_values import value_of
 
 # Where a trace has put the arguments, as tensors without data, for Inductor to lay out the real
 # ones alike. What is not there Inductor leaves out.
-_LAYOUTS = "eager_input_vals"
+LAYOUTS = "eager_input_vals"
 
 
 def phase_of(node: fx.Node) -> str | None:
@@ -39,10 +39,10 @@ def written_by(call: fx.Node) -> list[fx.Node]:
 def set_argument(call: fx.Node, name: str, argument: Any) -> None:
     place = _names(call).index(name)
     call.update_arg(place, argument)
-    if _LAYOUTS in call.meta:
-        args, kwargs = call.meta[_LAYOUTS]
+    if LAYOUTS in call.meta:
+        args, kwargs = call.meta[LAYOUTS]
         value = pytree.tree_map_only(fx.Node, value_of, argument)
-        call.meta[_LAYOUTS] = ((*args[:place], value, *args[place + 1 :]), kwargs)
+        call.meta[LAYOUTS] = ((*args[:place], value, *args[place + 1 :]), kwargs)
 
 
 def _names(call: fx.Node) -> list[str]:

@@ -29,6 +29,7 @@ from attnres_compile.kernels import cpp_library, cpp_phase2, phases
 from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.cpp_calls import arguments_of
+from attnres_compile.passes.realize_rows import realize_rows
 from attnres_compile.passes.write_in_place import write_in_place
 
 
@@ -40,6 +41,7 @@ class InlineCppPhase2(CustomGraphPass):
         nodes = [n for n in graph.nodes if n.target in bodies and n.args[-1] == "cpp"]
         if not nodes:
             return
+        realize_rows()
         # A reader of room does not depend on the call that writes to it: their order has to be
         # right before, and Inductor's later sorting keeps it.
         stable_topological_sort(graph)

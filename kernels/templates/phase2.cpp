@@ -47,7 +47,7 @@ extern "C" void phase2(const Element **sources, int64_t count, const Element *br
         rows_at(rows, tensors.data(), (t + u) * width);
         for (int64_t k = 0; k < count; ++k) shares[k] = Real(factor) * betas[k * TOKENS + u];
         Real *row = &mixes[u * width];
-        mix_row(row, rows.data(), count, shares.data(), width, &means[u], &scales[u]);
+        mix_row(row, rows.data(), count, shares.data(), width, batch * width, &means[u], &scales[u]);
         if (mixed) copy_row(mixed + (t + u) * width, row, width);
       }
       if (norm == NONE) return;
@@ -87,14 +87,20 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const El
   auto all_grads = placed(grads, wanted, wants, count);
   Shares sums(threads, 4 * width);
   over_tokens(tokens, threads, [&](int thread, int64_t begin, int64_t end) {
-    std::vector<Real> row(width), total(width), scratch(width), betas(count * TOKENS);
-    std::vector<Real> shares(count), slopes(count), towards_query(count);
+    std::vector<Real> row(width), total(width), scratch(width);
+    std::vector<Real> shares(count), slopes(count), towards_query(count), towards_self(count);
+    // Rows of scalars lie a power of two apart, for the cache on top of each other: a batch of them
+    // is copied.
+    std::vector<Real> logits(count * TOKENS), inverses(count * TOKENS), betas(count * TOKENS);
     std::vector<const Element *> rows(count);
     Real *to_query = sums.of(thread), *to_weight = to_query + width, *to_bias = to_weight + width,
          *to_branch_bias = to_bias + width;
     in_batches(begin, end, TOKENS, [&](int64_t start, int64_t some) {
-      for (int64_t k = 0; k < count; ++k)
-        std::copy_n(saved + k * tokens + start, some, &betas[k * TOKENS]);
+      for (int64_t k = 0; k < count; ++k) {
+        std::copy_n(saved + k * tokens + start, some, &logits[k * TOKENS]);
+        std::copy_n(saved + (count + k) * tokens + start, some, &inverses[k * TOKENS]);
+      }
+      betas = logits;
       softmax(betas.data(), count, some);
       for (int64_t u = 0; u < some; ++u) {
         int64_t t = start + u;
@@ -106,7 +112,8 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const El
           std::fill(total.begin(), total.end(), Real(0));
         if (grad_normed) {
           Real sum, squares;
-          mix_row(row.data(), rows.data(), count, shares.data(), width, &sum, &squares);
+          mix_row(row.data(), rows.data(), count, shares.data(), width, AHEAD * width, &sum,
+                  &squares);
           Normed state{saved[2 * count * tokens + t],
                        norm == LAYER ? saved[(2 * count + 1) * tokens + t] : 0};
           if (wide)
@@ -117,29 +124,35 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const El
                             scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
         }
         dots(total.data(), rows.data(), count, width, slopes.data());
-        Real expected = 0;
+        // Counted from that of the largest weight: a weight near one would leave next to nothing of
+        // the difference of its slope and the expected one.
+        int64_t largest = 0;
+        for (int64_t k = 1; k < count; ++k)
+          if (betas[k * TOKENS + u] > betas[largest * TOKENS + u]) largest = k;
+        Real level = slopes[largest], expected = 0;
+        for (int64_t k = 0; k < count; ++k) slopes[k] -= level;
         for (int64_t k = 0; k < count; ++k) expected += betas[k * TOKENS + u] * slopes[k];
         for (int64_t k = 0; k < count; ++k) {
-          Real inverse = saved[(count + k) * tokens + t];
+          Real inverse = inverses[k * TOKENS + u];
           towards_query[k] = shares[k] * (slopes[k] - expected) * inverse;
+          towards_self[k] = towards_query[k] * inverse * logits[k * TOKENS + u] / width;
         }
-        combine(rows.data(), count, towards_query.data(), width,
+        combine(rows.data(), count, towards_query.data(), width, 0,
                 [&](auto value, int, int64_t d) INLINE {
                   store(to_query + d, load<decltype(value)>(to_query + d) + value);
                 });
         for (int64_t k = 0; k < count; ++k) {
           if (!all_grads[k]) continue;
+          Real share = shares[k], slope = towards_query[k], to_self = towards_self[k];
           bool sums_grad = k == count - 1 && grad_branch_bias;
           const Element *source = rows[k];
           const Element *more = all_arriving[k] ? all_arriving[k] + t * width : nullptr;
           Element *out = all_grads[k] + t * width;
-          Real share = shares[k], slope = towards_query[k];
-          Real inverse = saved[(count + k) * tokens + t], logit = saved[k * tokens + t];
-          Real towards_self = slope * inverse * logit / width;
           each(width, EACH {
             auto grad = share * load<KIND>(total.data() + d) + slope * load<KIND>(query + d)
-                        - towards_self * load<KIND>(source + d);
+                        - to_self * load<KIND>(source + d);
             if (more) grad += load<KIND>(more + d);
+            if (more && way == 0) __builtin_prefetch(more + d + AHEAD * width);
             store(out + d, grad);
             if (sums_grad) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
           });

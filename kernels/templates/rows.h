@@ -129,6 +129,7 @@ template <typename A, typename B> INLINE inline void copy_row(A *to, const B *fr
 // Sums along rows: several rows at once, since one addition waits for the last -------------------
 
 constexpr int64_t TOKENS = 16;    // at most that are worked on together
+constexpr int64_t AHEAD = 2;      // tokens, where rows are asked for before they are read
 constexpr int64_t STRETCH = 512;  // of a row that is added up by itself: sums of sums are more exact
 
 // The rows of tokens, one after the other, and those that are asked for next: all sources are read
@@ -221,24 +222,29 @@ void dots(const Real *left, const Element *const *rights, int64_t count, int64_t
   for (; k < count; ++k) dots_some<1>(left, rights + k, width, results + k);
 }
 
-// use(sum over k of weights[k] * rows[k], half, position) over a row; sums stay in registers.
+// use(sum over k of weights[k] * rows[k], half, position) over a row; sums stay in registers. Rows
+// that come `ahead` elements later are asked for, unless it is 0.
 template <int WAYS, typename V, typename Use>
 INLINE inline void combine_here(const Element *const *rows, int64_t count, const Real *weights,
-                                int64_t d, Use use) {
+                                int64_t d, int64_t ahead, Use use) {
   V totals[WAYS] = {};
-  for (int64_t k = 0; k < count; ++k)
+  for (int64_t k = 0; k < count; ++k) {
+    for (int way = 0; ahead && way < WAYS; way += 2)
+      __builtin_prefetch(rows[k] + ahead + d + way * lanes<V>);
     for (int way = 0; way < WAYS; ++way)
       totals[way] += weights[k] * load<V>(rows[k] + d + way * lanes<V>);
+  }
   for (int way = 0; way < WAYS; ++way) use(totals[way], way, d + way * lanes<V>);
 }
 template <typename Use>
 INLINE inline void combine(const Element *const *rows, int64_t count, const Real *weights,
-                           int64_t width, Use use) {
+                           int64_t width, int64_t ahead, Use use) {
   int64_t d = 0;
   for (; d + 8 * LANES <= width; d += 8 * LANES)
-    combine_here<8, Vector>(rows, count, weights, d, use);
-  for (; d + LANES <= width; d += LANES) combine_here<1, Vector>(rows, count, weights, d, use);
-  for (; d < width; ++d) combine_here<1, Real>(rows, count, weights, d, use);
+    combine_here<8, Vector>(rows, count, weights, d, ahead, use);
+  for (; d + LANES <= width; d += LANES)
+    combine_here<1, Vector>(rows, count, weights, d, ahead, use);
+  for (; d < width; ++d) combine_here<1, Real>(rows, count, weights, d, 0, use);
 }
 
 // e^x to the last bit or two, without a call, so that loops over it can be vectorised.
@@ -291,7 +297,7 @@ void in_batches(int64_t begin, int64_t end, int64_t batch, Body body) {
 
 // As many tokens as keep several of their rows in the first-level cache.
 int64_t batch_of(int64_t width) {
-  return std::clamp<int64_t>(1024 / std::max<int64_t>(width, 1), 1, TOKENS);
+  return std::clamp<int64_t>(2048 / std::max<int64_t>(width, 1), 1, TOKENS);
 }
 
 // Over `members` rows of TOKENS logits each, of which `some` are there.
@@ -334,9 +340,10 @@ struct Normed {
 // The mix of a token, rounded to Element, its sum and that of its squares. The weights hold the
 // factor: n equal weights times n are one exactly, and the mix is the plain sum.
 INLINE inline void mix_row(Real *mixed, const Element *const *rows, int64_t count,
-                           const Real *weights, int64_t width, Real *sum, Real *squares) {
+                           const Real *weights, int64_t width, int64_t ahead, Real *sum,
+                           Real *squares) {
   Sum sums, squared;
-  combine(rows, count, weights, width, [&](auto value, int way, int64_t d) INLINE {
+  combine(rows, count, weights, width, ahead, [&](auto value, int way, int64_t d) INLINE {
     value = rounded(value, rows[0]);
     store(mixed + d, value);
     sums.add(value, way);

@@ -11,7 +11,7 @@ from torch import Tensor
 import phase_cases
 from attnres_compile.errors import BackendError
 from attnres_compile.kernels import cpp_library, phases
-from phase_cases import PhaseCase, by_phases
+from phase_cases import SHARP, PhaseCase, by_phases
 from tolerances import relative_error
 
 CASES = [
@@ -47,6 +47,14 @@ def test_outputs_and_gradients_are_the_specifications(
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
     assert found.keys() == expected.keys()
     assert max(errors.values()) < roundings * TOLERANCES[dtype], errors
+
+
+@pytest.mark.parametrize("case", SHARP, ids=str)
+def test_where_one_source_has_nearly_all_the_weight(case: PhaseCase) -> None:
+    expected = case.expected(torch.float32)
+    found = case.run(by_phases("cpp", True), torch.float32)
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < 2e-6, errors
 
 
 def test_two_runs_are_bitwise_equal() -> None:

@@ -1,0 +1,44 @@
+"""Have Inductor write down what the C++ library reads once, however many sites read it.
+
+Inductor computes a value that is made by loops where it is read. Of an operator that it knows
+nothing about it lays out the arguments for every call by itself: the root of a stream, where it is
+the sum of two embeddings, was written anew for each of 48 sites. Here an argument is written where
+it is first read, and stays.
+
+Contract: values are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attnres_compile.kernels.cpp_library import DTYPES, NAMES
+from attnres_compile.passes.cpp_calls import LAYOUTS
+
+
+@cache
+def realize_rows() -> None:
+    """Tells Inductor, in this process, how to lower calls of the library."""
+    from torch._inductor.lowering import make_fallback
+
+    for name in NAMES:
+        packet = getattr(torch.ops.attnres, f"cpp_{name}")
+        for dtype in DTYPES.values():
+            make_fallback(getattr(packet, dtype), layout_constraint=_written_once)
+
+
+def _written_once(call: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The arguments, in memory and row by row, as they were when the call was traced."""
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import constrain_to_fake_tensors
+
+    for argument in pytree.tree_leaves(args):
+        if isinstance(argument, TensorBox):
+            argument.realize()
+    layouts: tuple[Any, Any] = constrain_to_fake_tensors(args, kwargs, *call.meta[LAYOUTS])
+    return layouts

@@ -1,0 +1,47 @@
+"""What many sites read, Inductor writes down once."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from attnres_compile.functional import attnres
+from tolerances import relative_error
+
+
+def buffers_of_the_root(make_root: str, transposed: bool = False) -> tuple[int, int]:
+    """How many buffers four sites read a root from, and how many sites there are in the code."""
+    weight, queries = torch.randn(8, 8).double(), torch.randn(4, 8).double()
+
+    def model(x: Tensor) -> Tensor:
+        root = {"scaled": x * 2, "sum of two": x.sin() + 2 * x.t(), "given": x}[make_root]
+        blocks = [root.t().contiguous().t() if transposed else root]
+        for query in queries.unbind():
+            blocks.append(torch.tanh(attnres(blocks, query) @ weight))
+        return blocks[-1]
+
+    x = torch.randn(8, 8).double()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+        compiled = torch.compile(model, backend="attnres", fullgraph=True)
+        actual, (code,) = run_and_get_code(compiled, x)
+        assert relative_error(actual, model(x)) < 1e-12
+    first_sources = re.findall(r"cpp_phase2\.float64\(\[([\w(]+)", code)
+    return len(set(first_sources)), len(first_sources)
+
+
+def test_a_root_that_loops_make_is_made_once() -> None:
+    assert buffers_of_the_root("sum of two") == (1, 4)
+    assert buffers_of_the_root("scaled") == (1, 4)
+
+
+def test_a_root_that_is_given_is_read_where_it_is() -> None:
+    assert buffers_of_the_root("given") == (1, 4)
+
+
+def test_a_root_in_another_layout_is_mixed_as_well() -> None:
+    _, sites = buffers_of_the_root("given", transposed=True)
+    assert sites == 4
