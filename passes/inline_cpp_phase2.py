@@ -57,7 +57,14 @@ class InlineCppPhase2(CustomGraphPass):
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        used = (InlineCppPhase2, absorb_biases, absorb_gradients, arguments_of, write_in_place)
+        used = (
+            InlineCppPhase2,
+            absorb_biases,
+            absorb_gradients,
+            arguments_of,
+            realize_rows,
+            write_in_place,
+        )
         passes = [inspect.getfile(each) for each in used]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 

@@ -10,7 +10,6 @@ Contract: values are the same bit for bit.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from attnres_compile.kernels.cpp_library import DTYPES, NAMES
 from attnres_compile.passes.cpp_calls import LAYOUTS
 
 
-@cache
 def realize_rows() -> None:
     """Tells Inductor, in this process, how to lower calls of the library."""
     from torch._inductor.lowering import make_fallback

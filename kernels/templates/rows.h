@@ -139,7 +139,7 @@ struct Rows {
   int64_t width;
 
   template <typename V> INLINE V at(int64_t u, int64_t d) const {
-    __builtin_prefetch(next + u * width + d);
+    if (d % (2 * LANES) == 0) __builtin_prefetch(next + u * width + d);
     return load<V>(first + u * width + d);
   }
 };
@@ -229,10 +229,9 @@ INLINE inline void combine_here(const Element *const *rows, int64_t count, const
                                 int64_t d, int64_t ahead, Use use) {
   V totals[WAYS] = {};
   for (int64_t k = 0; k < count; ++k) {
-    for (int way = 0; ahead && way < WAYS; way += 2)
-      __builtin_prefetch(rows[k] + ahead + d + way * lanes<V>);
-    for (int way = 0; way < WAYS; ++way)
-      totals[way] += weights[k] * load<V>(rows[k] + d + way * lanes<V>);
+    const Element *here = rows[k] + d, *later = here + ahead;
+    for (int way = 0; way < WAYS; ++way) totals[way] += weights[k] * load<V>(here + way * lanes<V>);
+    for (int way = 0; ahead && way < WAYS; way += 2) __builtin_prefetch(later + way * lanes<V>);
   }
   for (int way = 0; way < WAYS; ++way) use(totals[way], way, d + way * lanes<V>);
 }
