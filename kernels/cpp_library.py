@@ -32,9 +32,10 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 # an argument then (passes/absorb_biases.py).
 _SCHEMAS = {
     "phase2": (
-        "Tensor[] sources, int count, Tensor? branch, Tensor? branch_bias, Tensor query, float eps,"
-        " float factor, int norm, Tensor? weight, Tensor? bias, float norm_eps, bool wide,"
-        " Tensor(a!)? partial, Tensor(b!)? mixed, Tensor(c!)? normed, Tensor(d!) saved"
+        "Tensor[] sources, int count, Tensor? branch, Tensor? branch_bias, Tensor query,"
+        " Tensor? gain, float eps, float factor, int norm, Tensor? weight, Tensor? bias,"
+        " float norm_eps, bool wide,"
+        " Tensor(a!)? partial, Tensor(b!)? mixed, Tensor(c!)? normed, Tensor(d!)? saved"
     ),
     "phase2_backward": (
         "Tensor[] sources, int count, Tensor[] arriving, int[] arrived, Tensor? grad_mixed,"

@@ -57,6 +57,7 @@ def phase2(
         branch,
         None,
         query.contiguous(),
+        None,
         eps,
         count,
         NORMS.index(norm),

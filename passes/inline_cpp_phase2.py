@@ -30,6 +30,7 @@ from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.cpp_calls import arguments_of
 from attnres_compile.passes.realize_rows import realize_rows
+from attnres_compile.passes.trim_calls import trim_calls
 from attnres_compile.passes.write_in_place import write_in_place
 
 
@@ -53,19 +54,13 @@ class InlineCppPhase2(CustomGraphPass):
         absorb_gradients(graph)
         absorb_biases(graph)
         write_in_place(graph)
+        trim_calls(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        used = (
-            InlineCppPhase2,
-            absorb_biases,
-            absorb_gradients,
-            arguments_of,
-            realize_rows,
-            write_in_place,
-        )
-        passes = [inspect.getfile(each) for each in used]
+        used = (absorb_biases, absorb_gradients, arguments_of, realize_rows, trim_calls)
+        passes = [inspect.getfile(each) for each in (InlineCppPhase2, *used, write_in_place)]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
 

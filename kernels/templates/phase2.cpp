@@ -9,31 +9,36 @@
 // after them the sizes.
 
 // The last of the sources may be a partial sum: then `branch`, unless it is null, is added to it,
-// with `branch_bias`, into `partial`. `saved` holds a row of logits per source, then one of inverse
-// RMS per source, then the norm's scale and mean. `wide` says that normed rows are of type Real.
+// with `branch_bias`, into `partial`. The query may come as two factors, of which `gain` is one.
+// `saved` holds a row of logits per source, then one of inverse RMS per source, then the norm's scale
+// and mean. `wide` says that normed rows are of type Real.
 extern "C" void phase2(const Element **sources, int64_t count, const Element *branch,
-                       const Element *branch_bias, const Real *query, double eps, double factor,
-                       int64_t norm, const Real *weight, const Real *bias, double norm_eps,
-                       int64_t wide, Element *partial, Element *mixed, void *normed, Real *saved,
+                       const Element *branch_bias, const Real *query, const Real *gain, double eps,
+                       double factor, int64_t norm, const Real *weight, const Real *bias,
+                       double norm_eps, int64_t wide, Element *partial, Element *mixed, void *normed, Real *saved,
                        int64_t tokens, int64_t width, int64_t threads) {
+  std::vector<Real> product(query, query + width);
+  for (int64_t d = 0; gain && d < width; ++d) product[d] *= gain[d];
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
     std::vector<Real> mixes(TOKENS * width), betas(count * TOKENS), shares(count);
+    std::vector<Real> unsaved(saved ? 0 : 2 * TOKENS);
     std::vector<const Element *> tensors(sources, sources + count), rows(count);
     if (branch) tensors.back() = partial;
     int64_t batch = batch_of(width);
     in_batches(begin, end, batch, [&](int64_t t, int64_t some) {
       int64_t after = (t + batch) * width;
       for (int64_t k = 0; k < count; ++k) {
-        Real *logits = saved + k * tokens + t, *inverses = saved + (count + k) * tokens + t;
+        Real *logits = saved ? saved + k * tokens + t : unsaved.data();
+        Real *inverses = saved ? saved + (count + k) * tokens + t : unsaved.data() + TOKENS;
         Real *beta = &betas[k * TOKENS];
         const Element *next = k + 1 < count ? sources[k + 1] + t * width : sources[0] + after;
         Rows source{sources[k] + t * width, next, width};
         if (branch && k == count - 1) {
           Rows more{branch + t * width, branch + after, width};
           SummedRows sum{source, more, branch_bias, partial + t * width};
-          measure(sum, some, query, width, inverses, logits);
+          measure(sum, some, product.data(), width, inverses, logits);
         } else {
-          measure(source, some, query, width, inverses, logits);
+          measure(source, some, product.data(), width, inverses, logits);
         }
 #pragma omp simd
         for (int64_t u = 0; u < some; ++u) {
@@ -58,8 +63,9 @@ extern "C" void phase2(const Element **sources, int64_t count, const Element *br
       }
       for (int64_t u = 0; u < some; ++u)
         scales[u] = 1 / std::sqrt(scales[u] / width + Real(norm_eps));
-      std::copy_n(scales, some, saved + 2 * count * tokens + t);
-      if (norm == LAYER) std::copy_n(means, some, saved + (2 * count + 1) * tokens + t);
+      if (saved) std::copy_n(scales, some, saved + 2 * count * tokens + t);
+      if (saved && norm == LAYER)
+        std::copy_n(means, some, saved + (2 * count + 1) * tokens + t);
       for (int64_t u = 0; u < some; ++u) {
         Normed state{scales[u], means[u]};
         const Real *row = &mixes[u * width];

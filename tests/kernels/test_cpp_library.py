@@ -17,14 +17,13 @@ from attnres_compile.kernels import cpp_library
 from attnres_compile.kernels.cpp_library import operator
 
 
-def call(source: torch.Tensor, **results: torch.Tensor) -> None:
+def call(source: torch.Tensor, **given: torch.Tensor | None) -> None:
     """A site of one source, without a norm: room for results is made, but for what is given."""
-    query, rows = torch.ones(16), source.shape[:-1]
-    mixed = results.get("mixed", torch.empty(source.shape))
-    saved = results.get("saved", torch.empty(2, *rows))
-    norm = (0, None, None, 0.0, False)
-    arguments = ([source], 1, None, None, query, 1e-6, 2.0, *norm, None, mixed, None, saved)
-    operator("phase2", torch.float32)(*arguments)
+    query, rows = given.get("query", torch.ones(16)), source.shape[:-1]
+    mixed = given.get("mixed", torch.empty(source.shape))
+    saved = given.get("saved", torch.empty(2, *rows))
+    site = (query, given.get("gain"), 1e-6, 2.0, 0, None, None, 0.0, False)
+    operator("phase2", torch.float32)([source], 1, None, None, *site, None, mixed, None, saved)
 
 
 def test_operators_write_what_their_schema_says() -> None:
@@ -34,6 +33,24 @@ def test_operators_write_what_their_schema_says() -> None:
     inverse_rms = (source.square().mean(-1) + 1e-6).rsqrt()
     torch.testing.assert_close(mixed, 2 * source)
     torch.testing.assert_close(saved, torch.stack([source.sum(-1) * inverse_rms, inverse_rms]))
+
+
+def test_a_query_may_come_as_two_factors() -> None:
+    source, query, gain = torch.randn(7, 16), torch.randn(16), torch.randn(16)
+    of_factors, of_product = torch.empty(2, 7), torch.empty(2, 7)
+    call(source, query=query, gain=gain, saved=of_factors)
+    call(source, query=query * gain, saved=of_product)
+    assert torch.equal(of_factors, of_product)
+    call(source, query=query, saved=of_product)
+    assert not torch.equal(of_factors, of_product)
+
+
+def test_statistics_that_nobody_wants_are_not_written() -> None:
+    source = torch.randn(37, 16)
+    mixed, alone = torch.empty(37, 16), torch.empty(37, 16)
+    call(source, mixed=mixed)
+    call(source, mixed=alone, saved=None)
+    assert torch.equal(mixed, alone)
 
 
 def test_their_fakes_compute_nothing() -> None:

@@ -1,0 +1,79 @@
+"""Take out of calls of the C++ library what it can do without, each a line of Python less.
+
+Between matrices nothing of the interpreter is left in the caches, and a line of the code that
+Inductor writes takes microseconds: a view of every source of every site, a loop over a few hundred
+numbers for every query, a tensor for statistics that only a backward pass would read. The library
+takes rows in any shape, multiplies a query with its gain, and keeps what nobody wants to itself.
+
+Contract: values are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnres_compile.passes.cpp_calls import arguments_of, phase_of, set_argument
+from attnres_compile.passes.graph_values import value_of
+
+_aten = torch.ops.aten
+_VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
+# What is only read, row by row. What is written to keeps the node that its readers know.
+_READ = ("branch", "grad_mixed", "grad_normed", "sources", "arriving")
+
+
+def trim_calls(graph: fx.Graph) -> None:
+    """Rewrites, in place, a sorted ATen graph with the operators of ``cpp_library.py``."""
+    for call in graph.nodes:
+        phase = phase_of(call)
+        if phase is None:
+            continue
+        _read_without_views(call)
+        if phase == "phase2":
+            _take_gain(call)
+            _forget_statistics(call)
+
+
+def _read_without_views(call: fx.Node) -> None:
+    arguments = arguments_of(call)
+    for name in _READ:
+        given = arguments.get(name)
+        bare = pytree.tree_map_only(fx.Node, _without_view, given)
+        if bare != given:
+            set_argument(call, name, bare)
+
+
+def _without_view(rows: fx.Node) -> fx.Node:
+    """What has the same rows in the same memory, perhaps in another shape."""
+    if rows.target not in _VIEWS:
+        return rows
+    base: Any = rows.args[0]
+    old, new = value_of(base), value_of(rows)
+    same = old.dim() > 0 and old.shape[-1] == new.shape[-1]
+    return base if same and old.is_contiguous() and new.is_contiguous() else rows
+
+
+def _take_gain(call: fx.Node) -> None:
+    product: Any = arguments_of(call)["query"]
+    if product.target is not _aten.mul.Tensor or len(product.users) > 1:
+        return
+    if not all(isinstance(factor, fx.Node) for factor in product.args):
+        return
+    query, gain = product.args
+    if all(_alike(value_of(factor), value_of(product)) for factor in (query, gain)):
+        set_argument(call, "query", query)
+        set_argument(call, "gain", gain)
+
+
+def _alike(factor: Tensor, product: Tensor) -> bool:
+    same = factor.shape == product.shape and factor.dtype == product.dtype
+    return same and factor.is_contiguous()
+
+
+def _forget_statistics(call: fx.Node) -> None:
+    saved: Any = arguments_of(call)["saved"]
+    if saved is not None and len(saved.users) == 1:
+        set_argument(call, "saved", None)
