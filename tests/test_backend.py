@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from attnres_compile.functional import attnres
 from attnres_compile.kernels import cpp_phase2
 from backend_checks import check_as_eager, check_training, compile_with, converted_model
 from tolerances import relative_error
+from workers import interpreting
 
 HERE = Path(__file__).parent
 
@@ -62,7 +62,7 @@ def test_training_with_interpreted_triton_kernels(check: str) -> None:
 def run_interpreted(*checks: str) -> None:
     worker = subprocess.run(
         [sys.executable, str(HERE / "backend_checks.py"), *checks],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)},
+        env=interpreting(HERE),
         capture_output=True,
         text=True,
         timeout=900,

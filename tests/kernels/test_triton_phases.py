@@ -1,7 +1,6 @@
 """The generated kernels in Triton's interpreter: values, gradients, every element written."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from attnres_compile.errors import BackendError
 from attnres_compile.kernels import phases
+from workers import interpreting
 
 HERE = Path(__file__).parent
 GROUPS = {
@@ -23,10 +23,9 @@ GROUPS = {
 
 def run_worker(*checks: str) -> dict[str, dict[str, float]]:
     """What the worker finds too far from the specification, by check; all results start as NaN."""
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
     worker = subprocess.run(
         [sys.executable, str(HERE / "interpreted_worker.py"), *checks],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        env=interpreting(HERE.parent, HERE),
         capture_output=True,
         text=True,
         timeout=800,
