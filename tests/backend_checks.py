@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import attnres_compile
+import transposed_case
 from attnres_compile import AttnResConfig
 from zoo import by_name
 from zoo_conversion import FLOAT32_TOLERANCE, assert_lossless, is_new, randomize, run
@@ -23,8 +24,8 @@ STEPS = 20
 
 
 def converted_model(name: str, num_blocks: int = 4) -> tuple[Any, Any]:
-    """A model of the zoo with random queries, and its inputs."""
-    case = by_name(name)
+    """A model of the zoo, or that of transposed tokens, with random queries, and its inputs."""
+    case = transposed_case.CASE if name == transposed_case.CASE.name else by_name(name)
     args, kwargs = case.inputs()
     model = case.build()
     deepest = attnres_compile.plan(model, args, kwargs).streams
@@ -114,6 +115,7 @@ def check_launches(name: str) -> None:
 
 CHECKS = {
     "llama": lambda: check_launches("llama"),
+    "transposed_tokens": lambda: check_launches("transposed_tokens"),
     "gpt2": lambda: check_as_eager("gpt2", "triton"),
     "vit": lambda: check_as_eager("vit", "triton"),
     "t5": lambda: check_as_eager("t5", "triton"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ HERE = Path(__file__).parent
         pytest.param("preact_resnet", marks=pytest.mark.slow),
         pytest.param("gpt2", marks=pytest.mark.slow),
         pytest.param("t5", marks=pytest.mark.slow),
+        pytest.param("transposed_tokens", marks=pytest.mark.slow),
     ],
 )
 def test_outputs_and_gradients_are_those_of_eager(name: str) -> None:
@@ -48,7 +50,7 @@ def test_interpreted_triton_kernels() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["gpt2", "vit", "t5", "preact_resnet"])
+@pytest.mark.parametrize("check", ["gpt2", "vit", "t5", "preact_resnet", "transposed_tokens"])
 def test_interpreted_triton_kernels_of_other_models(check: str) -> None:
     run_interpreted(check)
 
@@ -111,6 +113,21 @@ def test_models_written_by_hand() -> None:
 
     compiled = compile_with(model, "auto")
     assert relative_error(compiled(root), model(root)) < 1e-5
+
+
+def test_transposed_tokens_may_be_viewed() -> None:
+    tokens, query = torch.randn(2, 8, 5).mT, torch.randn(8)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(attnres([x, torch.sin(x)], query).mT.view(-1, 5))
+
+    def of(run: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        x = tokens.clone().requires_grad_()
+        result = run(x)
+        return result, *torch.autograd.grad(result.square().sum(), x)
+
+    for found, expected in zip(of(compile_with(model, "auto")), of(model), strict=True):
+        assert relative_error(found, expected) < 1e-5
 
 
 def one_mix(x: torch.Tensor) -> torch.Tensor:
