@@ -22,35 +22,34 @@ from workers import interpreting
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("vit", marks=pytest.mark.slow),
-        pytest.param("preact_resnet", marks=pytest.mark.slow),
-        pytest.param("gpt2", marks=pytest.mark.slow),
-        pytest.param("t5", marks=pytest.mark.slow),
-        pytest.param("transposed_tokens", marks=pytest.mark.slow),
-    ],
+    "name", ["llama", "vit", "preact_resnet", "gpt2", "t5", "transposed_tokens"]
 )
 def test_outputs_and_gradients_are_those_of_eager(name: str) -> None:
     check_as_eager(name, "auto")
 
 
-def test_the_reference_kernels() -> None:
-    check_as_eager("llama", "reference")
+@pytest.mark.parametrize("name", ["small_gpt", pytest.param("llama", marks=pytest.mark.slow)])
+def test_the_reference_kernels(name: str) -> None:
+    check_as_eager(name, "reference")
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "vit"])
+@pytest.mark.parametrize(
+    "name", ["small_gpt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "vit"))]
+)
 def test_training_gives_the_losses_of_eager(name: str) -> None:
     check_training(name, "auto")
 
 
 def test_interpreted_triton_kernels() -> None:
-    run_interpreted("llama")
+    run_interpreted("small_gpt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["gpt2", "vit", "t5", "preact_resnet", "transposed_tokens"])
+@pytest.mark.parametrize(
+    "check", ["llama", "gpt2", "vit", "t5", "preact_resnet", "transposed_tokens"]
+)
 def test_interpreted_triton_kernels_of_other_models(check: str) -> None:
     run_interpreted(check)
 
@@ -96,7 +95,7 @@ def test_other_sizes_compile_at_most_once_more(
 
 def test_the_cpp_library_really_computes() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        check_as_eager("llama", "auto")
+        check_as_eager("small_gpt", "auto")
     ran = {event.key for event in profile.key_averages()}
     assert {"attnres::cpp_phase2", "attnres::cpp_phase2_backward"} <= ran
 
