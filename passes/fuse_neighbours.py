@@ -22,6 +22,7 @@ from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_editor import Editor, hoist, refresh
 from attnres_compile.passes.graph_values import dtype_of, is_tensor, shape_of
+from attnres_compile.passes.keep_layouts import put_in_place_of
 from attnres_compile.passes.schedule_two_phase import summands
 
 PHASE2 = torch.ops.attnres.phase2.default
@@ -58,7 +59,7 @@ def _fuse_addition(site: fx.Node) -> None:
     both = summands(partial)
     with site.graph.inserting_after(site):
         updated = Editor(site.graph, site).call(operator.getitem, site, 0)
-    partial.replace_all_uses_with(updated)
+    put_in_place_of(partial, updated)
     site.update_kwarg("addends", both)
     refresh(site)
     site.graph.erase_node(partial)
@@ -118,7 +119,7 @@ def _fuse_norm(site: fx.Node, view: Dataflow) -> None:
     refresh(site)
     with site.graph.inserting_after(mixed):
         normed = Editor(site.graph, norm.node).call(operator.getitem, site, 2)
-    norm.node.replace_all_uses_with(normed)
+    put_in_place_of(norm.node, normed)
     for node in (norm.node, *reversed(norm.inner)):
         site.graph.erase_node(node)
 

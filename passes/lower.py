@@ -28,15 +28,11 @@ from torch import fx
 from attnres_compile.kernels import cpp_library
 from attnres_compile.passes.fuse_neighbours import fuse_neighbours
 from attnres_compile.passes.graph_values import value_of
+from attnres_compile.passes.keep_layouts import PHASES, keep_layouts
 from attnres_compile.passes.schedule_two_phase import Mix, schedule_two_phase
 
 Kernels = Literal["auto", "triton", "reference"]
 Implementation = Literal["triton", "cpp", "mix"]
-_PHASES = (
-    torch.ops.attnres.complete.default,
-    torch.ops.attnres.phase1.default,
-    torch.ops.attnres.phase2.default,
-)
 
 
 def lower(graph: fx.Graph, kernels: Kernels) -> None:
@@ -61,8 +57,9 @@ def lower(graph: fx.Graph, kernels: Kernels) -> None:
         ),
     )
     fuse_neighbours(graph)
+    keep_layouts(graph)
     for node in graph.nodes:
-        if node.target in _PHASES:
+        if node.target in PHASES:
             _assign(node, kernels)
 
 

@@ -34,6 +34,7 @@ from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.graph_editor import Editor, hoist
 from attnres_compile.passes.graph_values import dtype_of, shape_of
+from attnres_compile.passes.keep_layouts import put_in_place_of
 
 aten = torch.ops.aten
 _FEWEST_SOURCES = 3
@@ -223,7 +224,7 @@ def _write_phase2(
     )
     mixed = edit.call(operator.getitem, merged, 1)
     for user in list(mix.node.users):
-        user.replace_all_uses_with(mixed)
+        put_in_place_of(user, mixed)
         user.graph.erase_node(user)
     mix.node.graph.erase_node(mix.node)
 
@@ -279,7 +280,7 @@ class _TwoPhaseWriter:
         self._carriers[completed] = value
         self._logits |= {(completed, i): part for i, part in by_block.items()}
         if addends:
-            source.replace_all_uses_with(value)
+            put_in_place_of(source, value)
             self._graph.erase_node(source)
         return completed
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import attnres_compile
 from attnres_compile import AttnResConfig
+from backend_cases import CASES
 from zoo import by_name
 from zoo_conversion import FLOAT32_TOLERANCE, assert_lossless, is_new, randomize, run
 
@@ -23,8 +24,8 @@ STEPS = 20
 
 
 def converted_model(name: str, num_blocks: int = 4) -> tuple[Any, Any]:
-    """A model of the zoo with random queries, and its inputs."""
-    case = by_name(name)
+    """A model of the zoo or of ``backend_cases.py`` with random queries, and its inputs."""
+    case = CASES[name] if name in CASES else by_name(name)
     args, kwargs = case.inputs()
     model = case.build()
     deepest = attnres_compile.plan(model, args, kwargs).streams
@@ -113,7 +114,9 @@ def check_launches(name: str) -> None:
 
 
 CHECKS = {
+    "small_gpt": lambda: check_launches("small_gpt"),
     "llama": lambda: check_launches("llama"),
+    "transposed_tokens": lambda: check_launches("transposed_tokens"),
     "gpt2": lambda: check_as_eager("gpt2", "triton"),
     "vit": lambda: check_as_eager("vit", "triton"),
     "t5": lambda: check_as_eager("t5", "triton"),

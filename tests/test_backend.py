@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,38 +17,39 @@ from attnres_compile.functional import attnres
 from attnres_compile.kernels import cpp_phase2
 from backend_checks import check_as_eager, check_training, compile_with, converted_model
 from tolerances import relative_error
+from workers import interpreting
 
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("vit", marks=pytest.mark.slow),
-        pytest.param("preact_resnet", marks=pytest.mark.slow),
-        pytest.param("gpt2", marks=pytest.mark.slow),
-        pytest.param("t5", marks=pytest.mark.slow),
-    ],
+    "name", ["llama", "vit", "preact_resnet", "gpt2", "t5", "transposed_tokens"]
 )
 def test_outputs_and_gradients_are_those_of_eager(name: str) -> None:
     check_as_eager(name, "auto")
 
 
-def test_the_reference_kernels() -> None:
-    check_as_eager("llama", "reference")
+@pytest.mark.parametrize("name", ["small_gpt", pytest.param("llama", marks=pytest.mark.slow)])
+def test_the_reference_kernels(name: str) -> None:
+    check_as_eager(name, "reference")
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "vit"])
+@pytest.mark.parametrize(
+    "name", ["small_gpt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "vit"))]
+)
 def test_training_gives_the_losses_of_eager(name: str) -> None:
     check_training(name, "auto")
 
 
 def test_interpreted_triton_kernels() -> None:
-    run_interpreted("llama")
+    run_interpreted("small_gpt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["gpt2", "vit", "t5", "preact_resnet"])
+@pytest.mark.parametrize(
+    "check", ["llama", "gpt2", "vit", "t5", "preact_resnet", "transposed_tokens"]
+)
 def test_interpreted_triton_kernels_of_other_models(check: str) -> None:
     run_interpreted(check)
 
@@ -62,7 +63,7 @@ def test_training_with_interpreted_triton_kernels(check: str) -> None:
 def run_interpreted(*checks: str) -> None:
     worker = subprocess.run(
         [sys.executable, str(HERE / "backend_checks.py"), *checks],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)},
+        env=interpreting(HERE),
         capture_output=True,
         text=True,
         timeout=900,
@@ -94,7 +95,7 @@ def test_other_sizes_compile_at_most_once_more(
 
 def test_the_cpp_library_really_computes() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        check_as_eager("llama", "auto")
+        check_as_eager("small_gpt", "auto")
     ran = {event.key for event in profile.key_averages()}
     assert {"attnres::cpp_phase2", "attnres::cpp_phase2_backward"} <= ran
 
@@ -111,6 +112,21 @@ def test_models_written_by_hand() -> None:
 
     compiled = compile_with(model, "auto")
     assert relative_error(compiled(root), model(root)) < 1e-5
+
+
+def test_transposed_tokens_may_be_viewed() -> None:
+    tokens, query = torch.randn(2, 8, 5).mT, torch.randn(8)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(attnres([x, torch.sin(x)], query).mT.view(-1, 5))
+
+    def of(run: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        x = tokens.clone().requires_grad_()
+        result = run(x)
+        return result, *torch.autograd.grad(result.square().sum(), x)
+
+    for found, expected in zip(of(compile_with(model, "auto")), of(model), strict=True):
+        assert relative_error(found, expected) < 1e-5
 
 
 def one_mix(x: torch.Tensor) -> torch.Tensor:

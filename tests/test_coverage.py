@@ -395,8 +395,19 @@ def test_the_sample_has_forty_models() -> None:
     assert len({(library, name) for library, name, _, _ in SAMPLE}) == len(SAMPLE) == 40
 
 
+# Long ones, of which others are of the same kind: decoders, encoders of images, and both together.
+LONG = set(
+    "GPT2Model GPTBigCodeModel ImageGPTModel LlavaModel GlmAsrModel GraniteSpeechPlusModel "
+    "FlintModel FalconModel Owlv2Model CLIPModel".split()
+)
+
+
 @pytest.mark.parametrize(
-    ("library", "name", "additions", "kinds"), SAMPLE, ids=[name for _, name, _, _ in SAMPLE]
+    ("library", "name", "additions", "kinds"),
+    [
+        pytest.param(*each, id=each[1], marks=[pytest.mark.slow] if each[1] in LONG else [])
+        for each in SAMPLE
+    ],
 )
 def test_the_sample(library: str, name: str, additions: tuple[int, ...], kinds: str) -> None:
     result = check_model.check(library, name)

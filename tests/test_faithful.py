@@ -27,17 +27,15 @@ from oracle_mixer import Aggregate, Mixing, SiteKey, SiteParameters
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 LLAMA, *_, T5, RESNET = CASES
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
-
-@every_case
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(
     "layout",
     [
         pytest.param({"num_blocks": 1}, id="1", marks=pytest.mark.slow),
         pytest.param({"num_blocks": 3}, id="3"),
         pytest.param({"num_blocks": 8}, id="8", marks=pytest.mark.slow),
-        pytest.param({"block_sublayers": 1}, id="full"),
+        pytest.param({"block_sublayers": 1}, id="full", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
@@ -56,7 +54,7 @@ def test_random_queries_equal_the_oracle(
     compare_with_oracle(case, {"aggregate": aggregate, **layout}, dtype)
 
 
-@every_case
+@pytest.mark.parametrize("case", [LLAMA, RESNET], ids=str)
 def test_the_mean_in_float32_equals_the_oracle(case: OracleCase) -> None:
     compare_with_oracle(case, {"num_blocks": 3, "aggregate": "mean"}, torch.float32)
 
@@ -65,7 +63,12 @@ def test_default_options_equal_the_oracle() -> None:
     compare_with_oracle(T5, {})
 
 
-@pytest.mark.parametrize("aggregate", ["sum", "mean"])
+@pytest.mark.parametrize("case", [LLAMA, RESNET], ids=str)
+def test_a_source_per_sublayer_equals_the_oracle(case: OracleCase) -> None:
+    compare_with_oracle(case, {"block_sublayers": 1})
+
+
+@pytest.mark.parametrize("aggregate", ["sum", pytest.param("mean", marks=pytest.mark.slow)])
 def test_eps_reaches_the_key_norm(aggregate: Aggregate) -> None:
     compare_with_oracle(LLAMA, {"eps": 0.1, "num_blocks": 3, "aggregate": aggregate})
 

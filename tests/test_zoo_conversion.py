@@ -49,8 +49,12 @@ QUICK_EXTRAS = {
 }
 # Long ones, of kinds of which others are converted each time.
 LONG = {"kimi_linear", "mamba", "gemma3", "torchvision_mobilenet_v2", "bloom", "opt"}
-# Other orders of the layers that gpt_neox and falcon have.
-LONG |= {"gpt_neox_sequential", "falcon_sequential", "falcon_new_decoder_architecture"}
+# Parallel branches, which gpt_neox has, and other orders of its layers and of falcon's.
+LONG |= {"falcon", "gpt_neox_sequential", "falcon_sequential", "falcon_new_decoder_architecture"}
+# What vit, convnext, swinv2, t5 and llama are by other names, in other libraries or with details
+# that concern no addition.
+LONG |= {"timm_vit", "dinov2", "timm_eva02", "torchvision_convnext", "swin", "torchvision_swin"}
+LONG |= {"whisper", "qwen3", "mixtral"}
 # One of each layout; in float32, which tells less, all of them are compared.
 IN_DOUBLE = {"llama", "convnext", "preact_resnet"}
 

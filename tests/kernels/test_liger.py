@@ -1,7 +1,6 @@
 """The specification against an implementation by others: Liger's kernel, interpreted on the CPU."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from tolerances import TOLERANCE
+from workers import interpreting
 
 HERE = Path(__file__).parent
 CASES = [f"{count} sources of width {width}" for count in (1, 3, 9) for width in (64, 96)]
@@ -18,10 +18,9 @@ CASES = [f"{count} sources of width {width}" for count in (1, 3, 9) for width in
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[str, float]]:
     """Relative errors of the output and of every gradient, by case."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     worker = subprocess.run(
         [sys.executable, str(HERE / "liger_worker.py")],
-        env=environment,
+        env=interpreting(HERE.parent),
         capture_output=True,
         text=True,
         timeout=300,

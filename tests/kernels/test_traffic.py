@@ -1,7 +1,6 @@
 """Rows per token that the kernels of a block load and store, counted in the interpreter."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from attnres_compile.errors import BackendError
 from attnres_compile.kernels.traffic import count_traffic
+from workers import interpreting
 
 HERE = Path(__file__).parent
 COMPLETED = 8
@@ -28,7 +28,7 @@ def run_block(sites: int, width: int) -> dict[str, Any]:
             "512",
             "bfloat16",
         ],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env=interpreting(),
         capture_output=True,
         text=True,
         timeout=800,

@@ -1,7 +1,6 @@
 """The generated kernels in Triton's interpreter: values, gradients, every element written."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +10,22 @@ import torch
 
 from attnres_compile.errors import BackendError
 from attnres_compile.kernels import phases
+from workers import interpreting
 
 HERE = Path(__file__).parent
 GROUPS = {
-    "few-sources": ["one-source", "two-sources", "two-phase", "no-tokens", "no-weights"],
-    "widths": ["wide", "wide-one-token", "many-tokens", "images"],
-    "sites": ["eight-sources", "twelve-sites", "thirteen-sites", "seventeen-sites"],
-    "limits": ["twenty-four-sites", "thirty-three-sources", "sixty-five-sites"],
+    "few": "one-source two-sources two-phase no-tokens no-weights "
+    "wide wide-one-token many-tokens images",
+    "many": "eight-sources twelve-sites thirteen-sites seventeen-sites "
+    "twenty-four-sites thirty-three-sources sixty-five-sites",
 }
 
 
 def run_worker(*checks: str) -> dict[str, dict[str, float]]:
     """What the worker finds too far from the specification, by check; all results start as NaN."""
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
     worker = subprocess.run(
         [sys.executable, str(HERE / "interpreted_worker.py"), *checks],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        env=interpreting(HERE.parent, HERE),
         capture_output=True,
         text=True,
         timeout=800,
@@ -40,7 +39,7 @@ def run_worker(*checks: str) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", GROUPS)
 def test_sizes(group: str, dtype: str) -> None:
-    found = run_worker(*[f"{name}:{dtype}" for name in GROUPS[group]])
+    found = run_worker(*[f"{name}:{dtype}" for name in GROUPS[group].split()])
     assert not any(found.values()), found
 
 

@@ -23,7 +23,8 @@ from schedule_helpers import (
 )
 
 Reader = Callable[[Tensor, Tensors, int], Tensor]
-BLOCKS = (2, 2, 3)
+BLOCKS = (1, 1, 2)  # the last in two phases, and the first two in one pass a site
+SITES = sum(BLOCKS)
 SHAPE = (WIDTH,)
 
 
@@ -32,9 +33,9 @@ def schedule_and_fuse(graph: fx.Graph) -> None:
     fuse_neighbours(graph)
 
 
-def fused(reader: Reader, *, width: int = 7) -> list[fx.Node]:
+def fused(reader: Reader, blocks: tuple[int, ...] = BLOCKS) -> list[fx.Node]:
     graph = assert_unchanged_values(
-        lambda t: network(t, BLOCKS, reader), tensors(width), schedule_and_fuse
+        lambda t: network(t, blocks, reader), tensors(sum(blocks)), schedule_and_fuse
     )
     return sites(graph)
 
@@ -71,7 +72,7 @@ FUSED: dict[str, tuple[str, Reader]] = {
 @pytest.mark.parametrize(("kind", "reader"), FUSED.values(), ids=FUSED)
 def test_norms_are_fused(kind: str, reader: Reader) -> None:
     found = fused(reader)
-    assert [site.kwargs["norm"] for site in found] == [kind] * 7
+    assert [site.kwargs["norm"] for site in found] == [kind] * SITES
     assert not any(site.kwargs["wants_mix"] for site in found)
 
 
@@ -102,15 +103,15 @@ LEFT: dict[str, Reader] = {
 
 @pytest.mark.parametrize("reader", LEFT.values(), ids=LEFT)
 def test_what_is_no_norm_of_the_mix_is_left(reader: Reader) -> None:
-    assert [site.kwargs["norm"] for site in fused(reader)] == ["none"] * 7
+    assert [site.kwargs["norm"] for site in fused(reader)] == ["none"] * SITES
 
 
 def test_a_norm_behind_a_rounding_is_left() -> None:
     def rounded(x: Tensor, t: Tensors, i: int) -> Tensor:
         return by_steps(x.to(torch.float32)).double()
 
-    graph, _ = captured(lambda t: network(t, BLOCKS, rounded), tensors(7), schedule_and_fuse)
-    assert [site.kwargs["norm"] for site in sites(graph)] == ["none"] * 7
+    graph, _ = captured(lambda t: network(t, BLOCKS, rounded), tensors(SITES), schedule_and_fuse)
+    assert [site.kwargs["norm"] for site in sites(graph)] == ["none"] * SITES
 
 
 def test_a_weight_from_the_data_is_multiplied_outside() -> None:
@@ -120,7 +121,7 @@ def test_a_weight_from_the_data_is_multiplied_outside() -> None:
 
 
 def test_partial_sums_are_formed_in_their_sites() -> None:
-    found = fused(lambda x, t, i: x)
+    found = fused(lambda x, t, i: x, (2, 2, 3))
     # The first branch of a block is its partial sum; its stand-in is the third addend of the next.
     assert [len(site.kwargs["addends"]) for site in found] == [1, 1, 1, 0, 1, 3, 2]  # type: ignore[arg-type]
 
