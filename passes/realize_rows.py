@@ -27,7 +27,8 @@ def realize_rows() -> None:
     for name in NAMES:
         packet = getattr(torch.ops.attnres, f"cpp_{name}")
         for dtype in DTYPES.values():
-            make_fallback(getattr(packet, dtype), layout_constraint=_written_once)
+            overload = getattr(packet, dtype)
+            make_fallback(overload, layout_constraint=_written_once)  # type: ignore[no-untyped-call]
 
 
 def _written_once(call: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -38,5 +39,7 @@ def _written_once(call: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     for argument in pytree.tree_leaves(args):
         if isinstance(argument, TensorBox):
             argument.realize()
-    layouts: tuple[Any, Any] = constrain_to_fake_tensors(args, kwargs, *call.meta[LAYOUTS])
+    layouts: tuple[Any, Any] = constrain_to_fake_tensors(  # type: ignore[no-untyped-call]
+        args, kwargs, *call.meta[LAYOUTS]
+    )
     return layouts
