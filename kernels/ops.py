@@ -196,8 +196,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     needs_sources, needs_query, needs_gain, *_ = ctx.needs_input_grad
     query, gain, logits, inverse_rms, *sources = ctx.saved_tensors
     grad_sources: list[Tensor | None] = [None] * len(sources)
+    # torch 2.13 leaves out an argument that has its default, and counts what is returned.
+    number = len(ctx.needs_input_grad)
     if grad is None:
-        return grad_sources, None, None, None, None, None, None
+        return (grad_sources, *[None] * 6)[:number]
     wanted = [i for i, needed in enumerate(needs_sources) if needed]
     grads = torch.ops.attnres.mix_backward(
         grad,
@@ -216,7 +218,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     grad_query = effective_query(grads[-1], gain, logits.dtype) if needs_query else None
     grad_gain = grads[-1] * query.to(logits.dtype) if needs_gain else None
     vectors = (_cast(grad_query, query), _cast(grad_gain, gain))
-    return grad_sources, *vectors, None, None, None, None
+    return (grad_sources, *vectors, *[None] * 4)[:number]
 
 
 def _second_backward(*_: object) -> None:
