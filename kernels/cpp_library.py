@@ -27,9 +27,9 @@ _SOURCES = [_TEMPLATES / name for name in ("rows.h", "phase2.cpp", "operators.h"
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-# Rows are contiguous, of the dtype of the stream, with the shape of the first source,
-# [*tokens, width]. What is added to the partial sum may come without the bias of its linear layer,
-# an argument then (passes/absorb_biases.py).
+# Rows are contiguous, of the dtype of the stream, as many and as wide as those of the first source,
+# [*tokens, width], in any shape. What is added to the partial sum may come without the bias of its
+# linear layer, an argument then (passes/absorb_biases.py).
 _SCHEMAS = {
     "phase2": (
         "Tensor[] sources, int count, Tensor? branch, Tensor? branch_bias, Tensor query,"

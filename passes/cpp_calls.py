@@ -9,11 +9,6 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.cpp_library import NAMES
-from attnres_compile.passes.graph_values import value_of
-
-# Where a trace has put the arguments, as tensors without data, for Inductor to lay out the real
-# ones alike. What is not there Inductor leaves out.
-LAYOUTS = "eager_input_vals"
 
 
 def phase_of(node: fx.Node) -> str | None:
@@ -37,12 +32,7 @@ def written_by(call: fx.Node) -> list[fx.Node]:
 
 
 def set_argument(call: fx.Node, name: str, argument: Any) -> None:
-    place = _names(call).index(name)
-    call.update_arg(place, argument)
-    if LAYOUTS in call.meta:
-        args, kwargs = call.meta[LAYOUTS]
-        value = pytree.tree_map_only(fx.Node, value_of, argument)
-        call.meta[LAYOUTS] = ((*args[:place], value, *args[place + 1 :]), kwargs)
+    call.update_arg(_names(call).index(name), argument)
 
 
 def _names(call: fx.Node) -> list[str]:

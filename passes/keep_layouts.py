@@ -5,7 +5,8 @@ merge two dimensions of transposed tokens, which rows of channels do not allow. 
 phases are rows of channels. So what takes another node's place remembers how that one lay, and
 where the two differ and somebody but phases reads it, it is copied once.
 
-Contract: values are the same bit for bit, and all readers get the strides they were traced with.
+Contract: values are the same bit for bit, and readers get the order in memory that they were traced
+with, unless it depends on a size that only the data decide.
 A graph whose streams lie row by row is not changed.
 """
 
@@ -31,7 +32,9 @@ PHASES = (
 
 def put_in_place_of(old: fx.Node, new: fx.Node) -> None:
     """Gives the readers of a node another one of the same values, which remembers its strides."""
-    new.meta[_TRACED] = strides_of(old)
+    strides = strides_of(old)
+    if -1 not in strides:  # of a size that only the data decide, nothing is known
+        new.meta[_TRACED] = strides
     old.replace_all_uses_with(new)
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.cpp_library import DTYPES, NAMES
-from attnres_compile.passes.cpp_calls import LAYOUTS
+from attnres_compile.passes.graph_values import value_of
 
 
 def realize_rows() -> None:
@@ -32,14 +32,15 @@ def realize_rows() -> None:
 
 
 def _written_once(call: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """The arguments, in memory and row by row, as they were when the call was traced."""
+    """The arguments, in memory and row by row, as their example values are."""
     from torch._inductor.ir import TensorBox
     from torch._inductor.lowering import constrain_to_fake_tensors
 
     for argument in pytree.tree_leaves(args):
         if isinstance(argument, TensorBox):
             argument.realize()
-    layouts: tuple[Any, Any] = constrain_to_fake_tensors(  # type: ignore[no-untyped-call]
-        args, kwargs, *call.meta[LAYOUTS]
+    examples = pytree.tree_map_only(fx.Node, value_of, call.args)
+    laid_out: tuple[Any, Any] = constrain_to_fake_tensors(  # type: ignore[no-untyped-call]
+        args, kwargs, examples, {}
     )
-    return layouts
+    return laid_out

@@ -14,34 +14,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
-from attnres_compile.passes.cpp_calls import arguments_of, phase_of, set_argument
-from attnres_compile.passes.graph_values import value_of
+from attnres_compile.passes.cpp_calls import arguments_of, phase_of, set_argument, written_by
+from attnres_compile.passes.graph_values import is_tensor, value_of
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
-# What is only read, row by row. What is written to keeps the node that its readers know.
+# What is only read, row by row. What any call writes to keeps the node that its readers know.
 _READ = ("branch", "grad_mixed", "grad_normed", "sources", "arriving")
 
 
 def trim_calls(graph: fx.Graph) -> None:
     """Rewrites, in place, a sorted ATen graph with the operators of ``cpp_library.py``."""
-    for call in graph.nodes:
-        phase = phase_of(call)
-        if phase is None:
-            continue
-        _read_without_views(call)
-        if phase == "phase2":
+    calls = [node for node in graph.nodes if phase_of(node) is not None]
+    written = {room for call in calls for room in written_by(call)}
+    for call in calls:
+        _read_without_views(call, written)
+        if phase_of(call) == "phase2":
             _take_gain(call)
             _forget_statistics(call)
 
 
-def _read_without_views(call: fx.Node) -> None:
+def _read_without_views(call: fx.Node, written: set[fx.Node]) -> None:
     arguments = arguments_of(call)
     for name in _READ:
         given = arguments.get(name)
-        bare = pytree.tree_map_only(fx.Node, _without_view, given)
+        bare = pytree.tree_map_only(
+            fx.Node, lambda rows: rows if rows in written else _without_view(rows), given
+        )
         if bare != given:
             set_argument(call, name, bare)
 
@@ -52,7 +54,7 @@ def _without_view(rows: fx.Node) -> fx.Node:
         return rows
     base: Any = rows.args[0]
     old, new = value_of(base), value_of(rows)
-    same = old.dim() > 0 and old.shape[-1] == new.shape[-1]
+    same = old.dim() > 0 and statically_known_true(old.shape[-1] == new.shape[-1])
     return base if same and old.is_contiguous() and new.is_contiguous() else rows
 
 
@@ -60,7 +62,7 @@ def _take_gain(call: fx.Node) -> None:
     product: Any = arguments_of(call)["query"]
     if product.target is not _aten.mul.Tensor or len(product.users) > 1:
         return
-    if not all(isinstance(factor, fx.Node) for factor in product.args):
+    if not all(is_tensor(factor) for factor in product.args):
         return
     query, gain = product.args
     if all(_alike(value_of(factor), value_of(product)) for factor in (query, gain)):

@@ -10,13 +10,13 @@
 
 // The last of the sources may be a partial sum: then `branch`, unless it is null, is added to it,
 // with `branch_bias`, into `partial`. The query may come as two factors, of which `gain` is one.
-// `saved` holds a row of logits per source, then one of inverse RMS per source, then the norm's scale
-// and mean. `wide` says that normed rows are of type Real.
+// `saved` holds a row of logits per source, then one of inverse RMS per source, then the norm's
+// scale and mean. `wide` says that normed rows are of type Real.
 extern "C" void phase2(const Element **sources, int64_t count, const Element *branch,
                        const Element *branch_bias, const Real *query, const Real *gain, double eps,
                        double factor, int64_t norm, const Real *weight, const Real *bias,
-                       double norm_eps, int64_t wide, Element *partial, Element *mixed, void *normed, Real *saved,
-                       int64_t tokens, int64_t width, int64_t threads) {
+                       double norm_eps, int64_t wide, Element *partial, Element *mixed,
+                       void *normed, Real *saved, int64_t tokens, int64_t width, int64_t threads) {
   std::vector<Real> product(query, query + width);
   for (int64_t d = 0; gain && d < width; ++d) product[d] *= gain[d];
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
@@ -52,7 +52,8 @@ extern "C" void phase2(const Element **sources, int64_t count, const Element *br
         rows_at(rows, tensors.data(), (t + u) * width);
         for (int64_t k = 0; k < count; ++k) shares[k] = Real(factor) * betas[k * TOKENS + u];
         Real *row = &mixes[u * width];
-        mix_row(row, rows.data(), count, shares.data(), width, batch * width, &means[u], &scales[u]);
+        mix_row(row, rows.data(), count, shares.data(), width, batch * width, &means[u],
+                &scales[u]);
         if (mixed) copy_row(mixed + (t + u) * width, row, width);
       }
       if (norm == NONE) return;

@@ -155,3 +155,24 @@ def test_rows_are_not_copied(lie: Callable[[Tensor], Tensor], change: Change) ->
 
 def copies(graph: fx.Graph) -> int:
     return sum(node.target is torch.ops.aten.clone.default for node in graph.nodes)
+
+
+def test_a_stream_of_as_many_tokens_as_the_data_say() -> None:
+    """Nothing is known of how it lies but that it lies row by row; it was taken for transposed."""
+    weight, queries = torch.randn(8, 8), torch.randn(2, 8)
+
+    def model(x: Tensor, chosen: Tensor) -> Tensor:
+        root = x[:, chosen.nonzero().squeeze(1)]
+        read = attnres([root, root.sin()], queries[0])
+        branch = torch.tanh(read.view(-1, 8) @ weight).view(read.shape)
+        return attnres([root, root.sin() + branch], queries[1])
+
+    x, chosen = torch.randn(2, 6, 8), torch.tensor([1, 0, 1, 1, 1, 0])
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        torch.no_grad(),
+    ):
+        compiled = torch.compile(model, backend="attnres", fullgraph=True)
+        torch.testing.assert_close(compiled(x, chosen), model(x, chosen))
