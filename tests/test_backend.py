@@ -22,9 +22,11 @@ from workers import interpreting
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
+OTHERS = ["vit", "preact_resnet", "gpt2", "t5", "transposed_tokens"]
+
+
 @pytest.mark.parametrize(
-    "name", ["llama", "vit", "preact_resnet", "gpt2", "t5", "transposed_tokens"]
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
 )
 def test_outputs_and_gradients_are_those_of_eager(name: str) -> None:
     check_as_eager(name, "auto")
@@ -36,7 +38,7 @@ def test_the_reference_kernels(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["small_gpt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "vit"))]
+    "name", ["small_gpt", pytest.param("llama", marks=pytest.mark.slow), "vit"]
 )
 def test_training_gives_the_losses_of_eager(name: str) -> None:
     check_training(name, "auto")

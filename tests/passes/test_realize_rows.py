@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -45,3 +47,9 @@ def test_a_root_that_is_given_is_read_where_it_is() -> None:
 def test_a_root_in_another_layout_is_mixed_as_well() -> None:
     _, sites = buffers_of_the_root("given", transposed=True)
     assert sites == 4
+
+
+@pytest.mark.parametrize("default", ["needs_fixed_stride_order", "flexible_layout"])
+def test_other_defaults_for_layouts_change_nothing(default: str) -> None:
+    with torch._functorch.config.patch(custom_op_default_layout_constraint=default):
+        assert buffers_of_the_root("sum of two") == (1, 4)
