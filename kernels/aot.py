@@ -161,9 +161,7 @@ def kernels_of_a_block(
         "complete backward": specialise.complete_backward(
             sites=scored, has_grad_source=True, wants_source=True, wants_queries=True, **common
         ),
-        "weights": specialise.phase1_weights(
-            sources=sources, sites=sites, dtype=dtype, wants_statistics=True
-        ),
+        "weights": specialise.phase1_weights(sources=sources, sites=sites, dtype=dtype),
         "phase 1": specialise.phase1_forward(
             sources=sources, sites=sites, first_site=0, group=group, **common
         ),

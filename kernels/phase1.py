@@ -46,7 +46,7 @@ from attnres_compile.kernels.plain_phases import stand_in
     mutates_args=(),
     schema=(
         "(Tensor[] sources, Tensor[] carriers, Tensor[] logits, int dim, str kernels)"
-        " -> (Tensor[] mixes, Tensor statistics, Tensor[] carriers_out)"
+        " -> (Tensor[] mixes, Tensor statistics, Tensor[] carriers_out, Tensor weights)"
     ),
 )
 def phase1(
@@ -55,7 +55,7 @@ def phase1(
     logits: Sequence[Tensor],
     dim: int,
     kernels: str,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
     """Mix n completed sources for the S sites of a block.
 
     Args:
@@ -67,11 +67,12 @@ def phase1(
 
     Returns:
         S mixes like a source; statistics [S, 2, *tokens], of which [:, 0] is the logarithm of the
-        sum of the exponentials; n carriers for the next block.
+        sum of the exponentials; n carriers for the next block; the a_ij, [n, S, *tokens], which
+        the backward pass needs.
     """
     with without_autocast(sources[0]):
-        mixes, statistics = implementation(kernels).phase1(sources, logits, dim)
-        return mixes, statistics, [stand_in(source) for source in sources]
+        mixes, statistics, weights = implementation(kernels).phase1(sources, logits, dim)
+        return mixes, statistics, [stand_in(source) for source in sources], weights
 
 
 @phase1.register_fake
@@ -81,12 +82,13 @@ def _phase1_fake(
     logits: Sequence[Tensor],
     dim: int,
     kernels: str,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
     first = sources[0]
     sites, *tokens = logits[0].shape
     mixes = [first.new_empty(first.shape) for _ in range(sites)]
     statistics = logits[0].new_empty((sites, 2, *tokens))
-    return mixes, statistics, [stand_in(source) for source in sources]
+    weights = logits[0].new_empty((len(sources), sites, *tokens))
+    return mixes, statistics, [stand_in(source) for source in sources], weights
 
 
 @torch.library.custom_op(
@@ -94,8 +96,8 @@ def _phase1_fake(
     mutates_args=(),
     schema=(
         "(Tensor[] grad_mixes, int[] sites, Tensor grad_statistics, Tensor[] grad_carriers,"
-        " int[] arrived, Tensor[] sources, Tensor[] logits, Tensor statistics, int[] wanted,"
-        " bool wants_logits, int dim, str kernels) -> Tensor[]"
+        " int[] arrived, Tensor[] sources, Tensor weights, int[] wanted, bool wants_logits,"
+        " int dim, str kernels) -> Tensor[]"
     ),
 )
 def phase1_backward(
@@ -105,8 +107,7 @@ def phase1_backward(
     grad_carriers: Sequence[Tensor],
     arrived: Sequence[int],
     sources: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    statistics: Tensor,
+    weights: Tensor,
     wanted: Sequence[int],
     wants_logits: bool,
     dim: int,
@@ -117,7 +118,7 @@ def phase1_backward(
     ``grad_mixes`` are those of ``sites`` and ``grad_carriers`` those of the carriers ``arrived``;
     the others are zero.
     """
-    with without_autocast(statistics):
+    with without_autocast(weights):
         grads: list[Tensor] = implementation(kernels).phase1_backward(
             grad_mixes,
             sites,
@@ -125,8 +126,7 @@ def phase1_backward(
             grad_carriers,
             arrived,
             sources,
-            logits,
-            statistics,
+            weights,
             wanted,
             wants_logits,
             dim,
@@ -142,24 +142,22 @@ def _phase1_backward_fake(
     grad_carriers: Sequence[Tensor],
     arrived: Sequence[int],
     sources: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    statistics: Tensor,
+    weights: Tensor,
     wanted: Sequence[int],
     wants_logits: bool,
     dim: int,
     kernels: str,
 ) -> list[Tensor]:
     grads = [sources[i].new_empty(sources[i].shape) for i in wanted]
-    return [*grads, statistics.new_empty((len(sources), *logits[0].shape))][
-        : len(grads) + wants_logits
-    ]
+    return [*grads, weights.new_empty(weights.shape)] if wants_logits else grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    sources, _, logits, ctx.dim, ctx.kernels = inputs
+    sources, _, _, ctx.dim, ctx.kernels = inputs
+    weights = output[3]
+    ctx.mark_non_differentiable(weights)
     ctx.set_materialize_grads(False)
-    ctx.count = len(sources)
-    ctx.save_for_backward(output[1], *sources, *logits)
+    ctx.save_for_backward(weights, *sources)
 
 
 def _backward(
@@ -167,9 +165,10 @@ def _backward(
     grad_mixes: Sequence[Tensor | None],
     grad_statistics: Tensor | None,
     grad_carriers: Sequence[Tensor | None],
+    _: None,
 ) -> tuple[Any, ...]:
-    statistics, *tensors = ctx.saved_tensors
-    sources, logits = tensors[: ctx.count], tensors[ctx.count :]
+    weights, *sources = ctx.saved_tensors
+    count, of_sites, *tokens = weights.shape
     _, needs_carriers, needs_logits, *_ = ctx.needs_input_grad
     wanted = [i for i, needed in enumerate(needs_carriers) if needed]
     sites = [j for j, grad in enumerate(grad_mixes) if grad is not None]
@@ -177,7 +176,7 @@ def _backward(
     if grad_statistics is None and not sites:  # nothing of this block is needed
         return None, list(grad_carriers), None, None, None
     if grad_statistics is None:
-        grad_statistics = torch.zeros_like(statistics)
+        grad_statistics = weights.new_zeros((of_sites, 2, *tokens))
     grads = torch.ops.attnres.phase1_backward(
         [grad_mixes[j] for j in sites],
         sites,
@@ -185,18 +184,17 @@ def _backward(
         [grad_carriers[i] for i in arrived],
         arrived,
         sources,
-        logits,
-        statistics,
+        weights,
         wanted,
         any(needs_logits),
         ctx.dim,
         ctx.kernels,
     )
     by_carrier = dict(zip(wanted, grads, strict=False))
-    grad_logits = grads[-1].unbind() if any(needs_logits) else [None] * ctx.count
+    grad_logits = grads[-1].unbind() if any(needs_logits) else [None] * count
     return (
-        [None] * ctx.count,
-        [by_carrier.get(i) for i in range(ctx.count)],
+        [None] * count,
+        [by_carrier.get(i) for i in range(count)],
         [grad if n else None for grad, n in zip(grad_logits, needs_logits, strict=True)],
         None,
         None,

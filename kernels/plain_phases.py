@@ -65,12 +65,12 @@ def complete_backward(
 
 def phase1(
     sources: Sequence[Tensor], logits: Sequence[Tensor], dim: int
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """The mixes of n ``sources`` for the S sites of a block, ``logits`` being n times [S, *tokens].
 
     Returns:
         S mixes like a source; statistics [S, 2, *tokens] whose first column is the logarithm of
-        the sum of the exponentials of the logits, and the second zero.
+        the sum of the exponentials of the logits, and the second zero; the weights [n, S, *tokens].
     """
     stacked = torch.stack(list(logits))  # [n, S, *tokens]
     alphas = torch.softmax(stacked, dim=0)
@@ -81,7 +81,7 @@ def phase1(
             mixed.addcmul_(_rows(source, dim), alpha.unsqueeze(-1))
         mixes.append(_source(mixed, dim, sources[0].dtype))
     log_sums = torch.logsumexp(stacked, dim=0)
-    return mixes, torch.stack([log_sums, torch.zeros_like(log_sums)], dim=1)
+    return mixes, torch.stack([log_sums, torch.zeros_like(log_sums)], dim=1), alphas
 
 
 def phase1_backward(
@@ -91,8 +91,7 @@ def phase1_backward(
     grad_carriers: Sequence[Tensor],
     arrived: Sequence[int],
     sources: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    statistics: Tensor,
+    weights: Tensor,
     wanted: Sequence[int],
     wants_logits: bool,
     dim: int,
@@ -102,7 +101,6 @@ def phase1_backward(
     ``grad_mixes`` are those of ``sites``, and ``grad_carriers`` those of the carriers
     ``arrived``; all others are zero.
     """
-    alphas = torch.exp(torch.stack(list(logits)) - statistics[:, 0])  # [n, S, *tokens]
     rows = [_rows(grad, dim) for grad in grad_mixes]
     incoming = dict(zip(arrived, grad_carriers, strict=True))
     grads = []
@@ -111,14 +109,14 @@ def phase1_backward(
         if i in incoming:
             total += _rows(incoming[i], dim)
         for site, row in zip(sites, rows, strict=True):
-            total.addcmul_(row, alphas[i, site].unsqueeze(-1))
+            total.addcmul_(row, weights[i, site].unsqueeze(-1))
         grads.append(_source(total, dim, sources[i].dtype))
     if wants_logits:
-        slopes = torch.zeros_like(alphas)
+        slopes = torch.zeros_like(weights)
         for i, source in enumerate(sources):
             for site, row in zip(sites, rows, strict=True):
                 slopes[i, site] = (row * _rows(source, dim)).sum(-1)
-        grads.append(softmax_backward(alphas, slopes) + alphas * grad_statistics[:, 0])
+        grads.append(softmax_backward(weights, slopes) + weights * grad_statistics[:, 0])
     return grads
 
 

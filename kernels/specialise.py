@@ -106,15 +106,11 @@ def complete_backward(
     return signature.finish("complete_backward", constants, "tokens", "run", block=16, warps=warps)
 
 
-def phase1_weights(
-    *, sources: int, sites: int, dtype: torch.dtype, wants_statistics: bool
-) -> Specialisation:
+def phase1_weights(*, sources: int, sites: int, dtype: torch.dtype) -> Specialisation:
     """``templates/phase1_weights.py.jinja``."""
     signature = _Signature(dtype, images=False)
-    signature.add("statistic", *_numbered("logits", range(sources)), "weights")
-    if wants_statistics:
-        signature.add("statistic", "statistics")
-    constants = {"sources": sources, "sites": sites, "wants_statistics": wants_statistics}
+    signature.add("statistic", *_numbered("logits", range(sources)), "weights", "statistics")
+    constants = {"sources": sources, "sites": sites}
     return signature.finish("phase1_weights", constants, "tokens", block=128)
 
 

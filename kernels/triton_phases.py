@@ -107,14 +107,13 @@ def complete_backward(
 
 def phase1(
     sources: Sequence[Tensor], logits: Sequence[Tensor], dim: int
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """``plain_phases.phase1``."""
     sources, logits = contiguous(sources), contiguous(logits)
     check_device(sources[0])
     layout = Layout(sources[0], dim)
     sites = len(logits[0])
-    statistics = layout.statistics(sites, 2)
-    weights = _softmax(logits, layout, statistics)
+    weights, statistics = _softmax(logits, layout)
     mixes = [layout.source() for _ in range(sites)]
     for group in groups(sites, specialise.MAX_SITES["phase1_forward"]):
         kernel = specialise.phase1_forward(
@@ -129,7 +128,7 @@ def phase1(
         arguments = named("source", sources) | {"weights": weights, **layout.sizes()}
         arguments |= {f"mix{j}": mixes[j] for j in group}
         launch.launch(kernel, (layout.chunks(kernel), kernel.tiles), arguments)
-    return mixes, statistics
+    return mixes, statistics, weights
 
 
 def phase1_backward(
@@ -139,18 +138,16 @@ def phase1_backward(
     grad_carriers: Sequence[Tensor],
     arrived: Sequence[int],
     sources: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    statistics: Tensor,
+    weights: Tensor,
     wanted: Sequence[int],
     wants_logits: bool,
     dim: int,
 ) -> list[Tensor]:
     """``plain_phases.phase1_backward``."""
-    sources, logits = contiguous(sources), contiguous(logits)
+    sources, weights = contiguous(sources), weights.contiguous()
     check_device(sources[0])
     layout = Layout(sources[0], dim)
-    count, all_sites = len(sources), len(logits[0])
-    weights = _softmax(logits, layout, None)
+    count, all_sites = len(sources), weights.shape[1]
     by_site = dict(zip(sites, contiguous(grad_mixes), strict=True))
     incoming = dict(zip(arrived, contiguous(grad_carriers), strict=True))
     results = {i: layout.source() for i in wanted}
@@ -342,21 +339,15 @@ def phase2_backward(
     return grads + [_sum_over_programs(partial) for partial in partials]
 
 
-def _softmax(logits: Sequence[Tensor], layout: Layout, statistics: Tensor | None) -> Tensor:
-    """The weights a_ij, [n, S, *tokens]; fills ``statistics`` if there are any."""
+def _softmax(logits: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    """The weights a_ij, [n, S, *tokens], and the statistics, [S, 2, *tokens]."""
     sites = len(logits[0])
-    weights = layout.statistics(len(logits), sites)
-    kernel = specialise.phase1_weights(
-        sources=len(logits),
-        sites=sites,
-        dtype=layout.like.dtype,
-        wants_statistics=statistics is not None,
-    )
-    arguments = named("logits", logits) | {"weights": weights, "tokens": layout.tokens}
-    if statistics is not None:
-        arguments["statistics"] = statistics
+    weights, statistics = layout.statistics(len(logits), sites), layout.statistics(sites, 2)
+    kernel = specialise.phase1_weights(sources=len(logits), sites=sites, dtype=layout.like.dtype)
+    arguments = named("logits", logits) | {"weights": weights, "statistics": statistics}
+    arguments["tokens"] = layout.tokens
     launch.launch(kernel, (layout.chunks(kernel), sites), arguments)
-    return weights
+    return weights, statistics
 
 
 def _sum_over_programs(partials: Tensor) -> Tensor:

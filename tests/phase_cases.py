@@ -205,7 +205,7 @@ class Schedule:
         direct = self.direct
         if len(self.data) > ONE_PASS:
             logits = [of_source[b] for of_source in self.logits]
-            mixes, stacked, self.carriers = phases.phase1(
+            mixes, stacked, self.carriers, _ = phases.phase1(
                 self.data, self.carriers, logits, case.dim, self.kernels
             )
             statistics, direct = stacked.unbind(), []

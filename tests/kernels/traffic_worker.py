@@ -31,7 +31,7 @@ def run_block(sites: int, width: int, tokens: int, dtype: torch.dtype) -> dict[s
     later = leaf(sites, width)
 
     with count_traffic() as forward:
-        mixes, stacked, carriers_out = phases.phase1(sources, carriers, logits, -1, "triton")
+        mixes, stacked, carriers_out, _ = phases.phase1(sources, carriers, logits, -1, "triton")
         statistics = stacked.unbind()
         addends: list[Tensor] = []
         outputs: list[Tensor] = []
