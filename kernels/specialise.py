@@ -155,6 +155,8 @@ def phase1_backward(
     signature.add("row", *_numbered("source", range(slopes_of)))
     if slopes_of:
         signature.add("statistic", "slopes")
+    if 0 < slopes_of < sources:
+        signature.add("statistic", "grad_statistics")
     signature.add("row", *_numbered("grad_carrier", arrived), *_numbered("grad_source", wanted))
     tile = streaming_tile(width)
     constants: dict[str, Any] = {"sources": sources, "sites": sites, "width": width}
@@ -170,10 +172,12 @@ def phase1_backward(
 def phase1_logits(*, sources: int, sites: int, tiles: int, dtype: torch.dtype) -> Specialisation:
     """``templates/phase1_logits.py.jinja``."""
     signature = _Signature(dtype, images=False)
-    if sources > 1:
-        signature.add("statistic", "slopes", "weights")
-    signature.add("statistic", "grad_statistics", "grad_logits")
     slopes_of = sources_with_slopes(sources, dtype)
+    if slopes_of:
+        signature.add("statistic", "slopes")
+    if slopes_of == sources:
+        signature.add("statistic", "weights")
+    signature.add("statistic", "grad_statistics", "grad_logits")
     constants = {"sources": sources, "slopes_of": slopes_of, "sites": sites, "tiles": tiles}
     return signature.finish("phase1_logits", constants, "tokens", block=128)
 

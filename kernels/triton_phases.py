@@ -153,9 +153,23 @@ def phase1_backward(
     results = {i: layout.source() for i in wanted}
     tiles = -(-layout.width // specialise.streaming_tile(layout.width))
     slopes_of = specialise.sources_with_slopes(count, sources[0].dtype)
-    slopes = layout.statistics(tiles, slopes_of, all_sites)
+    grad_logits = layout.statistics(count, all_sites)
+    if tiles == 1 and slopes_of < count:  # what the tile finds are gradients of logits
+        slopes = grad_logits[:slopes_of]
+    else:
+        slopes = layout.statistics(tiles, slopes_of, all_sites)
     if len(sites) < all_sites:  # what no kernel writes
         slopes.zero_()
+    given: dict[str, Argument | None] = {
+        **named("source", sources),
+        "weights": weights,
+        "slopes": slopes,
+        "grad_statistics": grad_statistics.contiguous(),
+        "grad_logits": grad_logits,
+        **{f"grad_mix{j}": grad for j, grad in by_site.items()},
+        **{f"grad_source{i}": grad for i, grad in results.items()},
+        **layout.sizes(),
+    }
     for group in groups(len(sites), specialise.MAX_SITES["phase1_backward"]) or [range(0)]:
         present = [sites[j] for j in group]
         kernel = specialise.phase1_backward(
@@ -169,30 +183,16 @@ def phase1_backward(
             dtype=sources[0].dtype,
             images=layout.images,
         )
-        arguments = named("source", sources[:slopes_of] if wants_logits else [])
-        arguments |= {f"grad_mix{j}": by_site[j] for j in present}
-        arguments |= {f"grad_carrier{i}": grad for i, grad in incoming.items()}
-        arguments |= {f"grad_source{i}": grad for i, grad in results.items()}
-        arguments |= {"weights": weights, **layout.sizes()}
-        if wants_logits and count > 1:
-            arguments["slopes"] = slopes
-        launch.launch(kernel, (layout.chunks(kernel), kernel.tiles), arguments)
+        given |= {f"grad_carrier{i}": grad for i, grad in incoming.items()}
+        launch.launch(kernel, (layout.chunks(kernel), kernel.tiles), accepted(kernel, given))
         incoming = results  # further groups of sites add to what the first has stored
     grads = [results[i] for i in wanted]
     if not wants_logits:
         return grads
-    grad_logits = layout.statistics(count, all_sites)
     kernel = specialise.phase1_logits(
         sources=count, sites=all_sites, tiles=tiles, dtype=sources[0].dtype
     )
-    scalars: dict[str, Argument] = {
-        "grad_statistics": grad_statistics.contiguous(),
-        "grad_logits": grad_logits,
-        "tokens": layout.tokens,
-    }
-    if count > 1:
-        scalars |= {"slopes": slopes, "weights": weights}
-    launch.launch(kernel, (layout.chunks(kernel), all_sites), scalars)
+    launch.launch(kernel, (layout.chunks(kernel), all_sites), accepted(kernel, given))
     return [*grads, grad_logits]
 
 

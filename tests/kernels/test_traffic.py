@@ -38,9 +38,12 @@ def run_block(sites: int, width: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("sites", [6, pytest.param(12, marks=pytest.mark.slow)])
-def test_rows_of_a_block(sites: int) -> None:
-    found = run_block(sites, 4096)
+@pytest.mark.parametrize(
+    ("sites", "width"), [(6, 1024), (6, 4096), pytest.param(12, 4096, marks=pytest.mark.slow)]
+)
+def test_rows_of_a_block(sites: int, width: int) -> None:
+    """Narrow rows too: the narrower, the more the scalars per token count."""
+    found = run_block(sites, width)
     n, s = COMPLETED, sites
     assert found["forward"]["kernels"] == {
         "phase1_forward": n + s,
