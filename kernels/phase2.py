@@ -16,8 +16,7 @@ backward pass it keeps references to its inputs, the partial sum and a few scala
     ds_k = beta_k G + dl_k (r_k w - r_k^2 l_k s_k / D)      dw = sum over tokens, k of dl_k r_k s_k
 
 Where one beta is close to one, its ``a_k`` is close to their mean. So all of them are counted from
-this ``a_k``, where a program has them all at once: without that, the error of a query's gradient
-grows like ``1 / (1 - beta)``.
+this ``a_k``: without that, the error of a query's gradient grows like ``1 / (1 - beta)``.
 
 The gradient of ``statistics`` is ``dl_0`` and ``do . o``; ``phase1.py`` says why.
 """
