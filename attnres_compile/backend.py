@@ -70,7 +70,7 @@ def compile_rewritten(
     from torch._inductor.custom_graph_pass import get_custom_graph_passes
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-    from attnres_compile.passes.inline_cpp_phase2 import InlineCppPhase2
+    from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
 
     try:
         lower(module.graph, kernels)
@@ -79,7 +79,7 @@ def compile_rewritten(
         recompute_tags(module.graph)
         with torch._inductor.config.patch(patches or {}):
             passes = get_custom_graph_passes(torch._inductor.config.post_grad_custom_post_pass)
-        patches = {**(patches or {}), "post_grad_custom_post_pass": [*passes, InlineCppPhase2()]}
+        patches = {**(patches or {}), "post_grad_custom_post_pass": [*passes, InlineCppPhases()]}
         compiled: Any = compile_fx(module, inputs, config_patches=patches)
     except (InductorError, InvalidCxxCompiler) as error:
         cause = error.inner_exception if isinstance(error, InductorError) else error

@@ -50,7 +50,7 @@ def complete(
         queries: [L, D] in the arithmetic dtype, queries times gains, L >= 1.
         eps: added to the mean square of the source.
         dim: the channel dimension.
-        kernels: "reference" or "triton".
+        kernels: "reference", "triton" or, with the channels last, "cpp".
 
     Returns:
         The source, like an addend; logits [L, *tokens] and inverse RMS [*tokens] in the arithmetic

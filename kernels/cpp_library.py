@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SOURCES = [_TEMPLATES / name for name in ("rows.h", "phase2.cpp", "operators.h")]
+_FILES = ("rows.h", "products.h", "complete.cpp", "phase1.cpp", "phase2.cpp", "operators.h")
+_SOURCES = [_TEMPLATES / name for name in _FILES]
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -31,17 +32,36 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 # [*tokens, width], in any shape. What is added to the partial sum may come without the bias of its
 # linear layer, an argument then (passes/absorb_biases.py).
 _SCHEMAS = {
+    "complete": (
+        "Tensor[] sources, Tensor? branch, Tensor? branch_bias, Tensor queries, int sites,"
+        " float eps, Tensor(a!)? sum, Tensor(b!) logits, Tensor(c!) inverse_rms"
+    ),
+    "complete_backward": (
+        "Tensor[] sources, Tensor? grad_source, Tensor grad_logits, Tensor queries, int sites,"
+        " Tensor logits, Tensor inverse_rms, Tensor(a!)? grad, Tensor(b!)? grad_queries,"
+        " Tensor(c!)? grad_branch_bias"
+    ),
+    "phase1": (
+        "Tensor[] sources, int count, Tensor[] logits, int sites, Tensor(a!)[] mixes,"
+        " Tensor(b!) statistics, Tensor(c!)? weights"
+    ),
+    "phase1_backward": (
+        "Tensor[] sources, int count, Tensor weights, int sites, Tensor[] grad_mixes, int[] mixed,"
+        " Tensor grad_statistics, Tensor[] arriving, int[] arrived, Tensor(a!)[] grads,"
+        " int[] wanted, Tensor(b!)? grad_logits"
+    ),
     "phase2": (
-        "Tensor[] sources, int count, Tensor? branch, Tensor? branch_bias, Tensor query,"
-        " Tensor? gain, float eps, float factor, int norm, Tensor? weight, Tensor? bias,"
-        " float norm_eps, bool wide,"
-        " Tensor(a!)? partial, Tensor(b!)? mixed, Tensor(c!)? normed, Tensor(d!)? saved"
+        "Tensor[] sources, int count, Tensor? statistics, Tensor? branch, Tensor? branch_bias,"
+        " Tensor query, Tensor? gain, float eps, float factor, int norm, Tensor? weight,"
+        " Tensor? bias, float norm_eps, bool wide, Tensor(a!)? partial, Tensor(b!)? mixed,"
+        " Tensor(c!)? normed, Tensor(d!)? saved"
     ),
     "phase2_backward": (
-        "Tensor[] sources, int count, Tensor[] arriving, int[] arrived, Tensor? grad_mixed,"
-        " Tensor? grad_normed, bool wide, Tensor query, float factor, int norm, Tensor? weight,"
-        " Tensor saved, Tensor(a!)[] grads, int[] wanted, Tensor(b!)? grad_query,"
-        " Tensor(c!)? grad_weight, Tensor(d!)? grad_bias, Tensor(e!)? grad_branch_bias"
+        "Tensor[] sources, int count, Tensor? statistics, Tensor[] arriving, int[] arrived,"
+        " Tensor? grad_mixed, Tensor? grad_normed, bool wide, Tensor query, float factor,"
+        " int norm, Tensor? weight, Tensor saved, Tensor(a!)[] grads, int[] wanted,"
+        " Tensor(b!)? grad_statistics, Tensor(c!)? grad_query, Tensor(d!)? grad_weight,"
+        " Tensor(e!)? grad_bias, Tensor(f!)? grad_branch_bias"
     ),
 }
 # How an argument is written in C++, as what arrives and as what the function is handed.

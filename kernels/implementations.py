@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
@@ -14,13 +13,13 @@ from attnres_compile.kernels.ops import _without_autocast as without_autocast
 
 __all__ = ["differentiate_once", "implementation", "tokens_of", "without_autocast"]
 
-_MODULES = {"reference": "plain_phases", "triton": "triton_phases", "cpp": "cpp_phase2"}
+_MODULES = {"reference": "plain_phases", "triton": "triton_phases", "cpp": "cpp_phases"}
 
 
-def implementation(kernels: str, known: Sequence[str] = ("reference", "triton")) -> ModuleType:
+def implementation(kernels: str) -> ModuleType:
     """The module that computes a phase: plain PyTorch, generated Triton kernels or C++."""
-    if kernels not in known:
-        raise BackendError(f"kernels={kernels!r} is unknown; use one of {tuple(known)}.")
+    if kernels not in _MODULES:
+        raise BackendError(f"kernels={kernels!r} is unknown; use one of {tuple(_MODULES)}.")
     return import_module(f"attnres_compile.kernels.{_MODULES[kernels]}")
 
 

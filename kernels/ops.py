@@ -75,12 +75,12 @@ def _mix_eagerly(
 def _mix_in_cpp(
     sources: Sequence[Tensor], query: Tensor, gain: Tensor | None, eps: float, count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from attnres_compile.kernels import cpp_phase2
+    from attnres_compile.kernels import cpp_phases
 
     weight = effective_query(query, gain, arithmetic_dtype(sources[0].dtype))
     factor = float(len(sources)) if count else 1.0
     alone = (factor, "none", None, None, 0.0, None, True, -1)  # no norm, channels last
-    _, mixed, _, saved = cpp_phase2.phase2(None, None, sources, (), weight, eps, *alone)
+    _, mixed, _, saved = cpp_phases.phase2(None, None, sources, (), weight, eps, *alone)
     number = len(sources)
     return _laid_out(mixed, sources[0]), saved[:number].clone(), saved[number:].clone()
 
@@ -153,13 +153,13 @@ def _mix_backward(
     """
     with _without_autocast(grad):
         if _is_for_cpp(grad, dim, kernels):
-            from attnres_compile.kernels import cpp_phase2
+            from attnres_compile.kernels import cpp_phases
 
             saved = torch.cat([logits, inverse_rms])
             factor = float(len(sources)) if count else 1.0
             of_mix = (None, grad, None, None, None, sources, None, weight, factor, "none", None)
             which = (False, wanted, wants_weight, False, False)
-            grads = cpp_phase2.phase2_backward(*of_mix, saved, -1, *which)
+            grads = cpp_phases.phase2_backward(*of_mix, saved, -1, *which)
             laid_out = [_laid_out(grads[k], sources[i]) for k, i in enumerate(wanted)]
             return [*laid_out, *grads[len(wanted) :]]
         return plain_mix.mix_backward(

@@ -63,7 +63,7 @@ def phase1(
         carriers: n tensors of that shape whose values are not read; get the sources' gradients.
         logits: n tensors [S, *tokens] in the arithmetic dtype.
         dim: the channel dimension.
-        kernels: "reference" or "triton".
+        kernels: "reference", "triton" or, with the channels last, "cpp".
 
     Returns:
         S mixes like a source; statistics [S, 2, *tokens], of which [:, 0] is the logarithm of the

@@ -40,7 +40,6 @@ from attnres_compile.kernels.implementations import (
 from attnres_compile.kernels.plain_phases import stand_in
 
 NORMS = ("none", "rms", "layer")
-_KERNELS = ("reference", "triton", "cpp")
 
 
 @torch.library.custom_op(
@@ -88,7 +87,7 @@ def phase2(
         norm_dtype: of ``normed``; None for that of the mix.
         wants_mix: whether somebody reads the mix itself.
         dim: the channel dimension.
-        kernels: "reference" or "triton"; without ``before`` and with the channels last also "cpp".
+        kernels: "reference", "triton" or, with the channels last, "cpp".
 
     Returns:
         The partial sum if there are two addends (a stand-in for a single one, else of shape [0]);
@@ -98,7 +97,7 @@ def phase2(
     check_arguments(before, statistics, sources, addends, norm)
     like = _like(before, sources, addends)
     with without_autocast(query):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation(kernels, _KERNELS).phase2(
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = implementation(kernels).phase2(
             before,
             statistics,
             sources,
@@ -186,7 +185,7 @@ def phase2_backward(
     last; the query; the weight and the bias of the norm in the arithmetic dtype.
     """
     with without_autocast(query):
-        grads: list[Tensor] = implementation(kernels, _KERNELS).phase2_backward(
+        grads: list[Tensor] = implementation(kernels).phase2_backward(
             grad_partial,
             grad_mixed,
             grad_normed,

@@ -27,9 +27,9 @@ _VIEWS = (_aten.view.default, _aten.reshape.default)
 def absorb_biases(graph: fx.Graph) -> None:
     """Rewrites, in place, an ATen graph with the operators of ``cpp_library.py``."""
     for node in list(graph.nodes):
-        if phase_of(node) == "phase2":
+        if phase_of(node) in ("complete", "phase2"):
             _absorb(graph, node)
-        elif phase_of(node) == "phase2_backward":
+        elif phase_of(node) in ("complete_backward", "phase2_backward"):
             _sum_gradient(graph, node)
 
 
@@ -73,17 +73,18 @@ def _linear(result: fx.Node, reader: fx.Node) -> fx.Node | None:
 
 def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
     """The sums over tokens of the last gradient are formed where it is."""
-    arguments = arguments_of(node)
-    if not arguments["wanted"] or arguments["wanted"][-1] != arguments["count"] - 1:
+    grad = _grad_of_sum(arguments_of(node))
+    if grad is None:
         return
-    grad, query = arguments["grads"][-1], arguments["query"]
+    value = value_of(grad)
+    row = value.new_empty(value.shape[-1])
     flat = [grad, *(user for user in grad.users if user.target in _VIEWS)]
-    sums = [user for each in flat for user in each.users if _sums_tokens(user, value_of(query))]
-    if not sums:
+    sums = [user for each in flat for user in each.users if _sums_tokens(user, row)]
+    if not sums or value.dtype != arithmetic_dtype(value.dtype):
         return
     with graph.inserting_before(node):
-        total = graph.call_function(_aten.empty_like.default, (query,))
-    total.meta["val"] = torch.empty_like(value_of(query))
+        total = graph.call_function(_aten.new_empty.default, (grad, list(row.shape)))
+    total.meta["val"] = row
     set_argument(node, "grad_branch_bias", total)
     for each in sums:
         shape = list(value_of(each).shape)
@@ -94,11 +95,19 @@ def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(each)
 
 
-def _sums_tokens(node: fx.Node, query: Tensor) -> bool:
-    """Whether it adds up the rows of [tokens, width] in the dtype of `query`, a row."""
+def _grad_of_sum(arguments: dict[str, Any]) -> fx.Node | None:
+    """Where a backward pass writes the gradient of what the branch was added to, and its own."""
+    if "grads" not in arguments:
+        return cast("fx.Node | None", arguments["grad"])
+    last = arguments["wanted"][-1:] == [arguments["count"] - 1]
+    return cast("fx.Node", arguments["grads"][-1]) if last else None
+
+
+def _sums_tokens(node: fx.Node, row: Tensor) -> bool:
+    """Whether it adds up the rows of [tokens, width], each like `row`."""
     if node.target is not _aten.sum.dim_IntList or node.kwargs:
         return False
     grads, dims, *_ = cast("tuple[Any, ...]", node.args)
     value = value_of(grads)
-    rows = value.dim() == 2 and value.shape[-1:] == query.shape and list(dims) == [0]
-    return rows and value_of(node).dtype == value.dtype == query.dtype
+    rows = value.dim() == 2 and value.shape[-1:] == row.shape and list(dims) == [0]
+    return rows and value_of(node).dtype == value.dtype == row.dtype

@@ -23,7 +23,7 @@ from attnres_compile.passes.graph_values import is_tensor, value_of
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
 # What is only read, row by row. What any call writes to keeps the node that its readers know.
-_READ = ("branch", "grad_mixed", "grad_normed", "sources", "arriving")
+_READ = ("branch", "grad_mixed", "grad_mixes", "grad_normed", "grad_source", "sources", "arriving")
 
 
 def trim_calls(graph: fx.Graph) -> None:
@@ -34,7 +34,9 @@ def trim_calls(graph: fx.Graph) -> None:
         _read_without_views(call, written)
         if phase_of(call) == "phase2":
             _take_gain(call)
-            _forget_statistics(call)
+            _forget(call, "saved")
+        if phase_of(call) == "phase1":
+            _forget(call, "weights")
 
 
 def _read_without_views(call: fx.Node, written: set[fx.Node]) -> None:
@@ -75,7 +77,8 @@ def _alike(factor: Tensor, product: Tensor) -> bool:
     return same and factor.is_contiguous()
 
 
-def _forget_statistics(call: fx.Node) -> None:
-    saved: Any = arguments_of(call)["saved"]
-    if saved is not None and len(saved.users) == 1:
-        set_argument(call, "saved", None)
+def _forget(call: fx.Node, name: str) -> None:
+    """Does without a result that nobody else reads."""
+    room: Any = arguments_of(call)[name]
+    if room is not None and len(room.users) == 1:
+        set_argument(call, name, None)

@@ -40,14 +40,20 @@ def write_in_place(graph: fx.Graph) -> None:
 def _results(call: fx.Node) -> Iterator[tuple[Any, list[Any]]]:
     """What a call writes to, and the arguments of which it has read a row before it writes it."""
     given = arguments_of(call)
-    if phase_of(call) == "phase2":
-        yield given["partial"], [given["sources"][-1], given["branch"]]
-        yield given["mixed"], [given["branch"]]
-        yield given["normed"], [given["branch"]]
-        return
-    arriving = dict(zip(given["arrived"], given["arriving"], strict=True))
-    for source, room in zip(given["wanted"], given["grads"], strict=True):
-        yield room, [arriving.get(source), given["grad_normed"], given["grad_mixed"]]
+    match phase_of(call):
+        case "complete":
+            yield given["sum"], [given["sources"][-1], given["branch"]]
+        case "complete_backward":
+            yield given["grad"], [given["grad_source"]]
+        case "phase2":
+            yield given["partial"], [given["sources"][-1], given["branch"]]
+            yield given["mixed"], [given["branch"]]
+            yield given["normed"], [given["branch"]]
+        case "phase1_backward" | "phase2_backward":
+            arriving = dict(zip(given["arrived"], given["arriving"], strict=True))
+            others = [given.get("grad_normed"), given.get("grad_mixed")]
+            for source, room in zip(given["wanted"], given["grads"], strict=True):
+                yield room, [arriving.get(source), *others]
 
 
 class _Storages:

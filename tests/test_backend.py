@@ -14,7 +14,7 @@ import backend_checks
 from attnres_compile import rewriting
 from attnres_compile.errors import BackendError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_phase2
+from attnres_compile.kernels import cpp_library, cpp_phases
 from backend_checks import check_as_eager, check_training, compile_with, converted_model
 from tolerances import relative_error
 from workers import interpreting
@@ -102,6 +102,34 @@ def test_the_cpp_library_really_computes() -> None:
     assert {"attnres::cpp_phase2", "attnres::cpp_phase2_backward"} <= ran
 
 
+def test_blocks_of_many_sources_run_in_two_phases() -> None:
+    weights = torch.randn(10, 8, 8) / 3
+    queries = torch.randn(10, 8)
+
+    def model(x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Five blocks of two sites."""
+        sources, partial = [x], None
+        for number, (weight, query) in enumerate(zip(weights, queries, strict=True)):
+            mixed = attnres(sources if partial is None else [*sources, partial], query)
+            branch = torch.tanh(mixed @ weight)
+            partial = branch if partial is None else partial + branch
+            if number % 2:
+                sources, partial = [*sources, partial], None
+        return attnres(sources, queries[0])
+
+    def of(run: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        inputs = [torch.ones(5, 8).cumsum(0).sin().requires_grad_(), queries.requires_grad_()]
+        result = run(*inputs)
+        return [result, *torch.autograd.grad(result.square().sum(), inputs)]
+
+    expected = of(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = of(compile_with(model, "auto"))
+    ran = {event.key for event in profile.key_averages()}
+    assert {f"attnres::cpp_{name}" for name in cpp_library.NAMES} <= ran
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
 def test_models_written_by_hand() -> None:
     root, query = torch.randn(3, 8), torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(8, 8)
@@ -148,12 +176,12 @@ def test_triton_on_a_cpu_is_an_error_outside_of_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_a_check_fails_when_the_values_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = cpp_phase2.phase2
+    run = cpp_phases.phase2
 
     def wrong(*args: object) -> object:
         partial, mixed, normed, saved = run(*args)  # type: ignore[arg-type]
         return partial, mixed, normed * 1.001, saved
 
-    monkeypatch.setattr(cpp_phase2, "phase2", wrong)
+    monkeypatch.setattr(cpp_phases, "phase2", wrong)
     with pytest.raises(AssertionError):
         backend_checks.check_as_eager("llama", "auto")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -80,11 +81,16 @@ def measure(case: Case) -> dict[str, Any]:
         command, env={**os.environ, **_INTERPRETING}, capture_output=True, text=True, check=False
     )
     if child.returncode:
-        reason = child.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise BackendError(f"the interpreted block failed: {reason[0]}")
+        raise BackendError(f"the interpreted block failed: {_reason(child.stderr)}")
     found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     rivals = [asdict(peer) for peer in peers(case.completed, case.sublayers)]
     return {**asdict(case), **found, "peers": rivals, "machine": machine()}
+
+
+def _reason(output: str) -> str:
+    """The last error that a child named; hints may follow it."""
+    lines = output.strip().splitlines() or ["no message"]
+    return next((each for each in reversed(lines) if re.match(r"[\w.]+Error: ", each)), lines[-1])
 
 
 def count(case: Case) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-// One site of Block Attention Residuals on a CPU, in one pass over its sources. The formulas stand
-// in phase2.py of this package; names of arguments are those of the schemas in cpp_library.py.
+// One site of Block Attention Residuals on a CPU, in one pass over all that it mixes. The formulas
+// stand in phase2.py of this package; names of arguments are those of the schemas in
+// cpp_library.py.
 //
 // All tensors are contiguous with the channels last: `tokens` rows of `width` elements. Rows stay
 // in the first-level cache while a token is worked on, so each is read from memory once. Every
@@ -8,17 +9,20 @@
 // is missing or what nobody wants. Arguments are in the order of these schemas, results last, and
 // after them the sizes.
 
-// The last of the sources may be a partial sum: then `branch`, unless it is null, is added to it,
-// with `branch_bias`, into `partial`. The query may come as two factors, of which `gain` is one.
-// `saved` holds a row of logits per source, then one of inverse RMS per source, then the norm's
-// scale and mean. `wide` says that normed rows are of type Real.
-extern "C" void phase2(const Element **sources, int64_t count, const Element *branch,
-                       const Element *branch_bias, const Real *query, const Real *gain, double eps,
-                       double factor, int64_t norm, const Real *weight, const Real *bias,
-                       double norm_eps, int64_t wide, Element *partial, Element *mixed,
-                       void *normed, Real *saved, int64_t tokens, int64_t width, int64_t threads) {
+// With `statistics` the first of the sources is phase 1's mix, and these are its logits. The last
+// may be a partial sum: then `branch`, unless it is null, is added to it, with `branch_bias`, into
+// `partial`. The query may come as two factors, of which `gain` is one. `saved` holds a row of
+// logits per source but phase 1's, then one of inverse RMS for each of them, then the norm's scale
+// and mean. `wide` says that normed rows are of type Real.
+extern "C" void phase2(const Element **sources, int64_t count, const Real *statistics,
+                       const Element *branch, const Element *branch_bias, const Real *query,
+                       const Real *gain, double eps, double factor, int64_t norm,
+                       const Real *weight, const Real *bias, double norm_eps, int64_t wide,
+                       Element *partial, Element *mixed, void *normed, Real *saved, int64_t tokens,
+                       int64_t width, int64_t threads) {
   std::vector<Real> product(query, query + width);
   for (int64_t d = 0; gain && d < width; ++d) product[d] *= gain[d];
+  int64_t first = statistics != nullptr, others = count - first;
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
     std::vector<Real> mixes(TOKENS * width), betas(count * TOKENS), shares(count);
     std::vector<Real> unsaved(saved ? 0 : 2 * TOKENS);
@@ -27,9 +31,10 @@ extern "C" void phase2(const Element **sources, int64_t count, const Element *br
     int64_t batch = batch_of(width);
     in_batches(begin, end, batch, [&](int64_t t, int64_t some) {
       int64_t after = (t + batch) * width;
-      for (int64_t k = 0; k < count; ++k) {
-        Real *logits = saved ? saved + k * tokens + t : unsaved.data();
-        Real *inverses = saved ? saved + (count + k) * tokens + t : unsaved.data() + TOKENS;
+      if (statistics) std::copy_n(statistics + t, some, betas.begin());
+      for (int64_t k = first; k < count; ++k) {
+        Real *logits = saved ? saved + (k - first) * tokens + t : unsaved.data();
+        Real *inverses = saved ? logits + others * tokens : unsaved.data() + TOKENS;
         Real *beta = &betas[k * TOKENS];
         const Element *next = k + 1 < count ? sources[k + 1] + t * width : sources[0] + after;
         Rows source{sources[k] + t * width, next, width};
@@ -64,9 +69,9 @@ extern "C" void phase2(const Element **sources, int64_t count, const Element *br
       }
       for (int64_t u = 0; u < some; ++u)
         scales[u] = 1 / std::sqrt(scales[u] / width + Real(norm_eps));
-      if (saved) std::copy_n(scales, some, saved + 2 * count * tokens + t);
+      if (saved) std::copy_n(scales, some, saved + 2 * others * tokens + t);
       if (saved && norm == LAYER)
-        std::copy_n(means, some, saved + (2 * count + 1) * tokens + t);
+        std::copy_n(means, some, saved + (2 * others + 1) * tokens + t);
       for (int64_t u = 0; u < some; ++u) {
         Normed state{scales[u], means[u]};
         const Real *row = &mixes[u * width];
@@ -82,14 +87,16 @@ extern "C" void phase2(const Element **sources, int64_t count, const Element *br
 
 // Gradients that have `arrived` for some sources are added to those that are `wanted`. What is
 // wanted for the branch's bias is the sum over tokens of the last source's gradient.
-extern "C" void phase2_backward(const Element **sources, int64_t count, const Element **arriving,
-                                const int64_t *arrived, int64_t arrivals,
-                                const Element *grad_mixed, const void *grad_normed, int64_t wide,
-                                const Real *query, double factor, int64_t norm,
-                                const Real *weight, const Real *saved, Element **grads,
-                                const int64_t *wanted, int64_t wants, Real *grad_query,
-                                Real *grad_weight, Real *grad_bias, Real *grad_branch_bias,
-                                int64_t tokens, int64_t width, int64_t threads) {
+extern "C" void phase2_backward(const Element **sources, int64_t count, const Real *statistics,
+                                const Element **arriving, const int64_t *arrived,
+                                int64_t arrivals, const Element *grad_mixed,
+                                const void *grad_normed, int64_t wide, const Real *query,
+                                double factor, int64_t norm, const Real *weight, const Real *saved,
+                                Element **grads, const int64_t *wanted, int64_t wants,
+                                Real *grad_statistics, Real *grad_query, Real *grad_weight,
+                                Real *grad_bias, Real *grad_branch_bias, int64_t tokens,
+                                int64_t width, int64_t threads) {
+  int64_t first = statistics != nullptr, others = count - first;
   auto all_arriving = placed(arriving, arrived, arrivals, count);
   auto all_grads = placed(grads, wanted, wants, count);
   Shares sums(threads, 4 * width);
@@ -103,9 +110,11 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const El
     Real *to_query = sums.of(thread), *to_weight = to_query + width, *to_bias = to_weight + width,
          *to_branch_bias = to_bias + width;
     in_batches(begin, end, TOKENS, [&](int64_t start, int64_t some) {
-      for (int64_t k = 0; k < count; ++k) {
-        std::copy_n(saved + k * tokens + start, some, &logits[k * TOKENS]);
-        std::copy_n(saved + (count + k) * tokens + start, some, &inverses[k * TOKENS]);
+      if (statistics) std::copy_n(statistics + start, some, logits.begin());
+      for (int64_t k = first; k < count; ++k) {
+        const Real *logit = saved + (k - first) * tokens + start;
+        std::copy_n(logit, some, &logits[k * TOKENS]);
+        std::copy_n(logit + others * tokens, some, &inverses[k * TOKENS]);
       }
       betas = logits;
       softmax(betas.data(), count, some);
@@ -121,8 +130,8 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const El
           Real sum, squares;
           mix_row(row.data(), rows.data(), count, shares.data(), width, AHEAD * width, &sum,
                   &squares);
-          Normed state{saved[2 * count * tokens + t],
-                       norm == LAYER ? saved[(2 * count + 1) * tokens + t] : 0};
+          Normed state{saved[2 * others * tokens + t],
+                       norm == LAYER ? saved[(2 * others + 1) * tokens + t] : 0};
           if (wide)
             normed_backward(total.data(), (const Real *)grad_normed + t * width, row.data(),
                             scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
@@ -136,15 +145,17 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const El
         int64_t largest = 0;
         for (int64_t k = 1; k < count; ++k)
           if (betas[k * TOKENS + u] > betas[largest * TOKENS + u]) largest = k;
+        if (grad_statistics) grad_statistics[tokens + t] = shares[0] * slopes[0];
         Real level = slopes[largest], expected = 0;
         for (int64_t k = 0; k < count; ++k) slopes[k] -= level;
         for (int64_t k = 0; k < count; ++k) expected += betas[k * TOKENS + u] * slopes[k];
-        for (int64_t k = 0; k < count; ++k) {
+        if (grad_statistics) grad_statistics[t] = shares[0] * (slopes[0] - expected);
+        for (int64_t k = first; k < count; ++k) {
           Real inverse = inverses[k * TOKENS + u];
           towards_query[k] = shares[k] * (slopes[k] - expected) * inverse;
           towards_self[k] = towards_query[k] * inverse * logits[k * TOKENS + u] / width;
         }
-        combine(rows.data(), count, towards_query.data(), width, 0,
+        combine(rows.data() + first, others, towards_query.data() + first, width, 0,
                 [&](auto value, int, int64_t d) INLINE {
                   store(to_query + d, load<decltype(value)>(to_query + d) + value);
                 });

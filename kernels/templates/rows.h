@@ -262,6 +262,26 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
+// ln x for x >= 1, in the same way.
+inline float logarithm(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // x = 2^power m with m between the root of a half and that of two.
+  int32_t power = (bits - 0x3f3504f3) >> 23;
+  bits -= power * (1 << 23);
+  float m;
+  std::memcpy(&m, &bits, 4);
+  m -= 1;
+  float series = 7.0376836292e-2f;
+  for (float next : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                     -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f})
+    series = series * m + next;
+  float square = m * m;
+  float low = series * m * square - 2.12194440e-4f * power - 0.5f * square;
+  return m + low + 0.693359375f * power;
+}
+inline double logarithm(double x) { return std::log(x); }
+
 template <typename Body> void over_tokens(int64_t tokens, int64_t threads, Body body) {
 #pragma omp parallel num_threads(threads)
   {
@@ -276,7 +296,8 @@ class Shares {
   std::vector<Real> sums;
 
 public:
-  Shares(int64_t threads, int64_t size) : size(size), sums(threads * size) {}
+  // A line of the cache apart, which two threads that write to it would fetch from each other.
+  Shares(int64_t threads, int64_t size) : size(size + 32), sums(threads * (size + 32)) {}
   Real *of(int64_t thread) { return sums.data() + thread * size; }
   // Adds up a stretch of all threads' sums, where there is somebody who wants it.
   void add_up(Real *out, int64_t begin, int64_t width) const {
@@ -299,8 +320,9 @@ int64_t batch_of(int64_t width) {
   return std::clamp<int64_t>(2048 / std::max<int64_t>(width, 1), 1, TOKENS);
 }
 
-// Over `members` rows of TOKENS logits each, of which `some` are there.
-void softmax(Real *logits, int64_t members, int64_t some) {
+// Over `members` rows of TOKENS logits each, of which `some` are there. Where they are asked for,
+// the logarithms of the sums of exponentials, too.
+void softmax(Real *logits, int64_t members, int64_t some, Real *log_sums = nullptr) {
   Real top[TOKENS], total[TOKENS] = {};
   std::copy_n(logits, some, top);
   for (int64_t m = 1; m < members; ++m)
@@ -313,6 +335,9 @@ void softmax(Real *logits, int64_t members, int64_t some) {
   for (int64_t m = 0; m < members; ++m)
 #pragma omp simd
     for (int64_t u = 0; u < some; ++u) logits[m * TOKENS + u] /= total[u];
+  if (!log_sums) return;
+#pragma omp simd
+  for (int64_t u = 0; u < some; ++u) log_sums[u] = top[u] + logarithm(total[u]);
 }
 
 // The rows of one token in several tensors.

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import attnres_compile.functional
 from attnres_compile.errors import InputError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_library, cpp_phase2, ops, plain_mix
+from attnres_compile.kernels import cpp_library, cpp_phases, ops, plain_mix
 from mix_cases import assert_case_matches, make_case
 from tolerances import TOLERANCE, assert_matches
 
@@ -147,7 +147,7 @@ def library_calls(mix: Callable[..., Tensor], shape: tuple[int, ...], **options:
         names.append(name)
         return cpp_library.operator(name, dtype)
 
-    with mock.patch.object(cpp_phase2, "operator", recorded):
+    with mock.patch.object(cpp_phases, "operator", recorded):
         case.run(mix)
     return names
 

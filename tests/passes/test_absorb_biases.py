@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnres_compile.functional import attnres
-from attnres_compile.passes.inline_cpp_phase2 import InlineCppPhase2
+from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
 from tolerances import relative_error
 
 WIDTH = 8
@@ -18,12 +18,12 @@ Counts = dict[str, int]
 
 
 class Network(nn.Module):
-    """Three blocks of two linear layers each; `read` sees what a layer returns."""
+    """Blocks of two linear layers each; `read` sees what a layer returns."""
 
-    def __init__(self, read: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, read: Callable[[Tensor], Tensor] | None = None, blocks: int = 3) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
-        self.queries = nn.Parameter(torch.randn(6, WIDTH) / 3)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2 * blocks))
+        self.queries = nn.Parameter(torch.randn(2 * blocks, WIDTH) / 3)
         self.read = read
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ class Network(nn.Module):
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     """How often an operator stands in the graphs after the pass."""
     found: Counts = {}
-    inline = InlineCppPhase2.__call__
+    inline = InlineCppPhases.__call__
 
-    def watched(self: InlineCppPhase2, graph: fx.Graph) -> None:
+    def watched(self: InlineCppPhases, graph: fx.Graph) -> None:
         inline(self, graph)
         for node in graph.nodes:
             found[str(node.target)] = found.get(str(node.target), 0) + 1
 
-    monkeypatch.setattr(InlineCppPhase2, "__call__", watched)
+    monkeypatch.setattr(InlineCppPhases, "__call__", watched)
     return found
 
 
@@ -82,6 +82,15 @@ def test_sites_add_the_biases_that_they_can(counts: Counts) -> None:
     # Twelve gradients of weights and inputs, and three products without their bias.
     assert counts["aten.mm.default"] == 12 + 3
     # Six gradients of biases, all of layers whose results a site reads.
+    assert "aten.sum.dim_IntList" not in counts
+
+
+def test_what_completes_a_source_adds_the_bias_too(counts: Counts) -> None:
+    found = errors(Network(blocks=5))
+    assert max(found.values()) < 1e-10, found
+    assert counts["attnres.cpp_complete.float64"] == 5
+    # The first layers of blocks stand alone.
+    assert counts["aten.addmm.default"] == 5
     assert "aten.sum.dim_IntList" not in counts
 
 

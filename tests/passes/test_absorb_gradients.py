@@ -12,9 +12,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_phase2
+from attnres_compile.kernels import cpp_phases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
-from attnres_compile.passes.inline_cpp_phase2 import InlineCppPhase2
+from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
 from tolerances import relative_error
 
 Function = Callable[..., Any]
@@ -37,7 +37,7 @@ def additions_left(function: Function) -> int:
 def backward(x: Tensor, saved: Tensor, grad_partial: Tensor | None = None) -> list[Tensor]:
     """The gradients of a source and of the partial sum, which a site of both finds."""
     site = (None, None, [x.cos()], x.sin(), x[0], 2.0, "none", None, saved, -1)
-    return cpp_phase2.phase2_backward(
+    return cpp_phases.phase2_backward(
         grad_partial, x.exp(), None, *site, False, [0, 1], False, False, False
     )
 
@@ -139,13 +139,13 @@ def test_in_a_compiled_network_no_sum_of_gradients_is_left(
 ) -> None:
     """And all of them reach the operators, through Inductor."""
     graphs = []
-    inline = InlineCppPhase2.__call__
+    inline = InlineCppPhases.__call__
 
-    def watched(self: InlineCppPhase2, graph: fx.Graph) -> None:
+    def watched(self: InlineCppPhases, graph: fx.Graph) -> None:
         inline(self, graph)
         graphs.append(graph)
 
-    monkeypatch.setattr(InlineCppPhase2, "__call__", watched)
+    monkeypatch.setattr(InlineCppPhases, "__call__", watched)
     weight, queries = torch.randn(8, 8).double(), torch.randn(6, 8).double()
 
     def model(x: Tensor) -> Tensor:

@@ -26,12 +26,22 @@ def lowered(kernels: Kernels, dtype: torch.dtype = torch.float64) -> fx.Graph:
     return captured(lambda t: network(t, BLOCKS), given, lambda g: lower(g, kernels))[0]
 
 
-def test_a_cpu_runs_one_pass_a_site_in_cpp_with_the_same_values() -> None:
+def test_a_cpu_runs_one_pass_a_site_over_few_sources() -> None:
     graph = assert_unchanged_values(
         lambda t: network(t, BLOCKS), tensors(7), lambda g: lower(g, "auto")
     )
     assert implementations(graph) == {"cpp"}
     assert (count(graph, "phase1"), count(graph, "phase2")) == (0, 7)
+
+
+def test_a_cpu_runs_two_phases_from_four_sources_on() -> None:
+    """Of these blocks the fourth, of two sites, and the fifth, of three."""
+    blocks = (2, 2, 2, 2, 3)
+    graph = assert_unchanged_values(
+        lambda t: network(t, blocks), tensors(11), lambda g: lower(g, "auto")
+    )
+    assert implementations(graph) == {"cpp"}
+    assert (count(graph, "phase1"), count(graph, "phase2")) == (2, 11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnres_compile.kernels import cpp_phase2
+from attnres_compile.kernels import cpp_phases
 from attnres_compile.passes.cpp_calls import arguments_of, phase_of
 from attnres_compile.passes.trim_calls import trim_calls
 from attnres_compile.passes.write_in_place import write_in_place
@@ -41,7 +41,7 @@ def trimmed(
 
 def site(sources: list[Tensor], query: Tensor, saved: bool = False) -> list[Tensor]:
     one = (query, 1e-6, 2.0, "rms", None, None, 1e-6, None, True, -1)
-    _, mixed, normed, statistics = cpp_phase2.phase2(None, None, sources, (), *one)
+    _, mixed, normed, statistics = cpp_phases.phase2(None, None, sources, (), *one)
     return [mixed, normed, statistics] if saved else [mixed, normed]
 
 
@@ -70,11 +70,25 @@ def test_rows_that_are_others_stay_views(function: Function, target: str) -> Non
     assert targets(trimmed(function)["sources"]) == {target}
 
 
+def weights_of(x: Tensor, query: Tensor, gain: Tensor) -> list[Tensor]:
+    logits = [x.new_ones(3, 6), x.new_zeros(3, 6)]
+    mixes, statistics, weights = cpp_phases.phase1([x, x.sin()], logits, -1)
+    return [*mixes, statistics, weights]
+
+
+def test_weights_are_written_for_a_backward_pass_only() -> None:
+    def without(x: Tensor, query: Tensor, gain: Tensor) -> list[Tensor]:
+        return weights_of(x, query, gain)[:-1]
+
+    assert trimmed(without)["weights"] is None
+    assert trimmed(weights_of)["weights"] is not None
+
+
 def test_the_branch_and_gradients_are_read_without_views_too() -> None:
     def backward(x: Tensor, query: Tensor, gain: Tensor) -> list[Tensor]:
         rows, saved = x.view(2, 3, 8), x.new_ones(2, 2, 3)
         of_site = (None, None, [rows], None, query, 2.0, "none", None, saved, -1)
-        return cpp_phase2.phase2_backward(
+        return cpp_phases.phase2_backward(
             None, x.exp().view(2, 3, 8), None, *of_site, False, [0], True, False, False
         )
 
@@ -87,7 +101,7 @@ def written_over(x: Tensor, query: Tensor, gain: Tensor) -> list[Tensor]:
     sources = [x.view(2, 3, 8)]
     addends = [x.sin().view(2, 3, 8), x.exp().view(2, 3, 8)]
     one = (query, 1e-6, 2.0, "none", None, None, 0.0, None, True, -1)
-    partial, *_ = cpp_phase2.phase2(None, None, sources, addends, *one)
+    partial, *_ = cpp_phases.phase2(None, None, sources, addends, *one)
     return site([*sources, partial], query)
 
 

@@ -12,7 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_phase2
+from attnres_compile.kernels import cpp_phases
 from attnres_compile.passes.write_in_place import write_in_place
 from tolerances import relative_error
 
@@ -45,7 +45,7 @@ def site(
     query = partial.new_ones(partial.shape[-1]) if query is None else query
     weight = None if norm == "none" else query
     rest = (query, EPS, 2.0, norm, weight, None, EPS, dtype, False, -1)
-    return cpp_phase2.phase2(None, None, [], [partial, branch], *rest)
+    return cpp_phases.phase2(None, None, [], [partial, branch], *rest)
 
 
 def total(x: Tensor, first: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def backward(
     """Of a site with a layer norm: the gradients of all its sources."""
     of_site = ([x + k for k in range(1, sources)], x, x[0], 2.0, "layer", x[1], saved, -1)
     which = (False, range(sources), True, True, True)
-    return cpp_phase2.phase2_backward(grad_partial, None, grad_normed, None, None, *of_site, *which)
+    return cpp_phases.phase2_backward(grad_partial, None, grad_normed, None, None, *of_site, *which)
 
 
 @SIZES
@@ -113,6 +113,40 @@ def test_what_arrived_holds_one_gradient_only(tokens: int, width: int) -> None:
 
     x, saved = torch.randn(tokens, width), torch.rand(8, tokens)
     assert rooms_left(function, x, saved) == 2
+
+
+@SIZES
+def test_a_source_is_completed_where_the_branch_is(tokens: int, width: int) -> None:
+    def function(x: Tensor, kept: Tensor) -> list[Tensor]:
+        queries = x.new_ones(3, x.shape[-1])
+        return [*cpp_phases.complete([kept, torch.tanh(x)], queries, EPS, -1)]
+
+    assert rooms_left(function, *inputs_of(tokens, width, 2)) == 0
+
+
+@SIZES
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_gradient_of_a_source_is_written_over_what_arrived(
+    tokens: int, width: int, kept: bool
+) -> None:
+    def function(x: Tensor, logits: Tensor) -> list[Tensor]:
+        queries, arrived = x.new_ones(3, x.shape[-1]), torch.sin(x)
+        of_source = (arrived, logits, x, queries, logits, logits[0], -1, True, True)
+        return [*cpp_phases.complete_backward(*of_source), *([arrived] if kept else [])]
+
+    assert rooms_left(function, torch.randn(tokens, width), torch.rand(3, tokens)) == kept
+
+
+@SIZES
+def test_phase_1_adds_to_the_gradients_that_arrived(tokens: int, width: int) -> None:
+    def function(x: Tensor, weights: Tensor) -> list[Tensor]:
+        mixes, arrived = [torch.cos(x), torch.exp(x)], [torch.sin(x)]
+        of_block = (arrived, [0], [x, x + 1], weights, [0, 1], True, -1)
+        statistics = weights.new_zeros(2, 2, *weights.shape[2:])
+        return cpp_phases.phase1_backward(mixes, [0, 1], statistics, *of_block)
+
+    x, weights = torch.randn(tokens, width), torch.rand(2, 2, tokens)
+    assert rooms_left(function, x, weights) == 1  # of the source to which nothing came
 
 
 def read_later(x: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import FakeTensorMode
 
 from attnres_compile.functional import attnres
-from attnres_compile.passes.inline_cpp_phase2 import InlineCppPhase2
+from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
 from tolerances import relative_error
 
 SITES = ("phase2", "phase2_backward")
@@ -28,14 +28,14 @@ PHASES = {f"attnres.{name}.default" for name in SITES}
 def targets(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The operators in every graph after the pass."""
     found: set[str] = set()
-    inline = InlineCppPhase2.__call__
+    inline = InlineCppPhases.__call__
 
-    def watched(self: InlineCppPhase2, graph: fx.Graph) -> None:
+    def watched(self: InlineCppPhases, graph: fx.Graph) -> None:
         inline(self, graph)
         graph.lint()
         found.update(str(node.target) for node in graph.nodes)
 
-    monkeypatch.setattr(InlineCppPhase2, "__call__", watched)
+    monkeypatch.setattr(InlineCppPhases, "__call__", watched)
     return found
 
 
@@ -100,7 +100,7 @@ def test_a_graph_without_phases_is_left_alone() -> None:
     x = graph.placeholder("x")
     graph.call_function(torch.ops.aten.sin.default, (x,))
     graph.output(x)
-    InlineCppPhase2()(graph)
+    InlineCppPhases()(graph)
     assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
 
 
@@ -121,7 +121,7 @@ def test_a_graph_out_of_order_is_put_in_order() -> None:
     for node, value in ({nodes[name]: inputs[name] for name in inputs} | made).items():
         node.meta["val"] = value
     site.prepend(reader)
-    InlineCppPhase2()(graph)
+    InlineCppPhases()(graph)
     order = [str(node.target) for node in graph.nodes]
     assert order.index("attnres.cpp_phase2.float32") < order.index("aten.sin.default")
 

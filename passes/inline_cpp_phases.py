@@ -1,7 +1,7 @@
 """Put what C++ does for a site into the graph that Inductor lowers: room, and calls that fill it.
 
 A site that is computed in C++ is one operator until here, so that autograd and Inductor's passes
-see what it is. At the end it becomes the operators that its function in ``cpp_phase2.py`` calls.
+see what it is. At the end it becomes the operators that its function in ``cpp_phases.py`` calls.
 Inductor then plans the memory of its results with all the rest: they go where a buffer has just
 become free and not to new pages, and a call costs half as much.
 
@@ -12,12 +12,12 @@ Contract: values are the same bit for bit, but for the additions that ``absorb_b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
@@ -25,7 +25,8 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from attnres_compile.kernels import cpp_library, cpp_phase2, phases
+from attnres_compile.kernels import cpp_library, cpp_phases, phases
+from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.cpp_calls import arguments_of
@@ -34,7 +35,7 @@ from attnres_compile.passes.trim_calls import trim_calls
 from attnres_compile.passes.write_in_place import write_in_place
 
 
-class InlineCppPhase2(CustomGraphPass):
+class InlineCppPhases(CustomGraphPass):
     """The pass, as Inductor runs it after its own ones."""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -60,17 +61,22 @@ class InlineCppPhase2(CustomGraphPass):
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
         used = (absorb_biases, absorb_gradients, arguments_of, realize_rows, trim_calls)
-        passes = [inspect.getfile(each) for each in (InlineCppPhase2, *used, write_in_place)]
+        passes = [inspect.getfile(each) for each in (InlineCppPhases, *used, write_in_place)]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
 
 def _bodies() -> dict[Any, Callable[..., Any]]:
-    """What computes each operator in C++."""
-    assert phases.phase2 is not None  # has registered the operators
-    return {
-        getattr(torch.ops.attnres, name).default: getattr(cpp_phase2, name)
-        for name in cpp_library.NAMES
-    }
+    """What computes each phase in C++, by its operator."""
+    assert phases.complete is not None  # has registered the operators
+    bodies = {name: getattr(cpp_phases, name) for name in cpp_library.NAMES} | {"phase1": _phase1}
+    return {getattr(torch.ops.attnres, name).default: body for name, body in bodies.items()}
+
+
+def _phase1(
+    sources: Sequence[Tensor], carriers: Sequence[Tensor], logits: Sequence[Tensor], dim: int
+) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
+    mixes, statistics, weights = cpp_phases.phase1(sources, logits, dim)
+    return mixes, statistics, [stand_in(source) for source in sources], weights
 
 
 def _inline(graph: fx.Graph, node: fx.Node, body: Callable[..., Any]) -> None:

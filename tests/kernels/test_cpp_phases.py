@@ -1,12 +1,9 @@
-"""The C++ library for CPUs: sites as in the specification, in every dtype it is made for."""
+"""The C++ library for CPUs: the phases as in the specification, in every dtype it is made for."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import phase_cases
 from attnres_compile.errors import BackendError
@@ -25,19 +22,23 @@ CASES = [
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
 
 
-@pytest.fixture(autouse=True)
-def _one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """C++ has no phase 1: cases of any number of sources are mixed in one pass."""
-    monkeypatch.setattr(phase_cases, "ONE_PASS", 99)
+# From how many sources on a block gets a phase 1: as the compiler does it on a CPU, and never.
+SCHEDULES = pytest.mark.parametrize("one_pass", [2, 99], ids=["two-phases", "one-pass"])
 
 
 @pytest.mark.parametrize("dtype", cpp_library.DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
+@SCHEDULES
 def test_outputs_and_gradients_are_the_specifications(
-    case: PhaseCase, dtype: torch.dtype, threads: int
+    case: PhaseCase,
+    dtype: torch.dtype,
+    threads: int,
+    one_pass: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Autograd adds up what every site gives a source, in bfloat16 with a rounding a site."""
+    """In one pass autograd adds up what every site gives a source, rounding a site in bfloat16."""
+    monkeypatch.setattr(phase_cases, "ONE_PASS", one_pass)
     roundings = 2 if dtype == torch.bfloat16 else 1
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -50,7 +51,11 @@ def test_outputs_and_gradients_are_the_specifications(
 
 
 @pytest.mark.parametrize("case", SHARP, ids=str)
-def test_where_one_source_has_nearly_all_the_weight(case: PhaseCase) -> None:
+@SCHEDULES
+def test_where_one_source_has_nearly_all_the_weight(
+    case: PhaseCase, one_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phase_cases, "ONE_PASS", one_pass)
     expected = case.expected(torch.float32)
     found = case.run(by_phases("cpp", True), torch.float32)
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
@@ -74,28 +79,15 @@ def test_gradients_of_what_needs_them() -> None:
     assert all(relative_error(found[name], expected[name]) < 2e-6 for name in found)
 
 
-def site(sources: list[Tensor], kernels: str, **other: Any) -> Tensor:
-    """The mix of a site without a norm."""
-    query = torch.linspace(-1, 1, sources[0].shape[-1])
-    before = (other.get("before"), other.get("statistics"))
-    rest = (query, 1e-6, 1.0, "none", None, None, 0.0, None, True, -1, kernels)
-    mixed: Tensor = phases.phase2(*before, sources, [], *rest)[1]
-    return mixed
-
-
 def test_rows_that_lie_apart_are_read_as_they_are() -> None:
-    sources = [torch.randn(6, 5, 16).transpose(0, 1) for _ in range(2)]
-    assert relative_error(site(sources, "cpp"), site(sources, "reference")) < 2e-6
-
-
-def test_phase_1_has_no_form_in_cpp() -> None:
-    source, queries = torch.randn(5, 16), torch.randn(3, 16)
-    with pytest.raises(BackendError, match="kernels='cpp' is unknown; use one of"):
-        phases.complete([source], queries, 1e-6, -1, "cpp")
-    with pytest.raises(BackendError, match="what phase 1 has found needs kernels='reference'"):
-        site([source], "cpp", before=source, statistics=torch.randn(2, 5))
+    source = torch.randn(6, 5, 16).transpose(0, 1)
+    arguments = (1e-6, -1)
+    queries = torch.randn(3, 16)
+    _, logits, _ = phases.complete([source], queries, *arguments, "cpp")
+    _, expected, _ = phases.complete([source], queries, *arguments, "reference")
+    assert relative_error(logits, expected) < 2e-6
 
 
 def test_unknown_implementations_raise() -> None:
     with pytest.raises(BackendError, match="kernels='rust' is unknown"):
-        site([torch.randn(2, 4)], "rust")
+        phases.complete([torch.randn(2, 4)], torch.randn(1, 4), 1e-6, -1, "rust")
