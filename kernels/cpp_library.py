@@ -1,10 +1,11 @@
 """The C++ library for CPUs, compiled on first use, and its functions as operators that write.
 
-``templates/phase2.cpp`` holds the loops over tokens, ``templates/rows.h`` what they do with a row.
-A function of it is the operator ``attnres::cpp_<name>``, with an overload per dtype of the stream.
-It returns nothing and writes to the tensors that its schema marks. So whoever calls it says where
-results go, and in a compiled graph Inductor plans that memory with all the rest. The functions have
-their arguments in the order of the schemas, then the sizes.
+The loops over tokens stand in ``templates/complete.cpp``, ``phase1.cpp`` and ``phase2.cpp``, what
+they do with one row in ``rows.h`` and with several in ``products.h``. A function of it is the
+operator ``attnres::cpp_<name>``, with an overload per dtype of the stream. It returns nothing and
+writes to the tensors that its schema marks. So whoever calls it says where results go, and in a
+compiled graph Inductor plans that memory with all the rest. The functions have their arguments in
+the order of the schemas, then the sizes.
 
 The way from an operator to its function is generated, too, as C++ upon PyTorch's stable ABI: in
 Python it took 0.2 ms a call inside a model, whose matrices leave nothing of the interpreter in the

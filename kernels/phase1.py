@@ -14,12 +14,13 @@ at ``carriers_out[i]``, from later blocks, is added to this block's own and leav
     dcarrier_i = dcarrier_out_i + sum_j a_ij do_j
     dl_ij = a_ij (do_j . s_i - do_j . o_j + dlse_j)
 
-Of a source of 16 bits a row is saved: the newest need not be read for its ``dl``, since
+Of a source of 16 bits Triton saves a row: the newest need not be read for its ``dl``, since
 ``sum_i dl_ij = dlse_j``, and phase 2 has ``do_j . o_j`` at hand. It returns it as the gradient of
 ``statistics[j, 1]``, whose value is zero and means nothing. So mixes must be read by
 ``attnres::phase2``, with their statistics, and by nothing else: any other gradient of a mix would
 lack that term. Where an older source has nearly all the weight, the rounding of ``o_j`` and of the
-products then hides what little the newest gets. In float32 all sources are read, and with
+products then hides what little the newest gets. In float32, and by the others, all sources are
+read, and with
 ``t_ij = do_j . s_i`` and r the source that has the largest weight::
 
     dl_ij = a_ij (t_ij - t_rj - sum_k a_kj (t_kj - t_rj) + dlse_j)
@@ -116,7 +117,8 @@ def phase1_backward(
     """The gradients of the carriers ``wanted``, and then that of all logits, [n, S, *tokens].
 
     ``grad_mixes`` are those of ``sites`` and ``grad_carriers`` those of the carriers ``arrived``;
-    the others are zero.
+    the others are zero, and so are gradients of the statistics of other sites: phase 2, which
+    reads both, returns both.
     """
     with without_autocast(weights):
         grads: list[Tensor] = implementation(kernels).phase1_backward(

@@ -25,7 +25,7 @@ def absorb_gradients(graph: fx.Graph) -> None:
     """Rewrites, in place, a sorted ATen graph with the operators of ``cpp_library.py``."""
     known = _known(graph)
     for call in list(graph.nodes):
-        if phase_of(call) not in ("phase1_backward", "phase2_backward"):
+        if phase_of(call) != "phase2_backward":
             continue
         given = arguments_of(call)
         for source, grad in zip(given["wanted"], given["grads"], strict=True):

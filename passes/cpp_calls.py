@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -23,12 +24,13 @@ def arguments_of(call: fx.Node) -> dict[str, Any]:
     return dict(zip(_names(call), call.args, strict=True))
 
 
-def written_by(call: fx.Node) -> list[fx.Node]:
-    """The memory that a call writes to."""
+def written_by(call: fx.Node, args: Sequence[Any] | None = None) -> list[Any]:
+    """The memory that a call writes to, among its arguments or what was made of them, `args`."""
     target: Any = call.target
+    args = call.args if args is None else args
     results = [i for i, each in enumerate(target._schema.arguments) if each.alias_info is not None]
-    rooms = pytree.tree_leaves([call.args[i] for i in results])
-    return [room for room in rooms if isinstance(room, fx.Node)]
+    rooms = pytree.tree_leaves([args[i] for i in results])
+    return [room for room in rooms if room is not None]
 
 
 def set_argument(call: fx.Node, name: str, argument: Any) -> None:

@@ -34,8 +34,7 @@ from attnres_compile.passes.schedule_two_phase import Mix, schedule_two_phase
 
 Kernels = Literal["auto", "triton", "reference"]
 Implementation = Literal["triton", "cpp", "mix"]
-# Completed sources from which on a block gets two phases.
-_FEWEST_SOURCES: dict[Implementation, int] = {"triton": 3, "cpp": 4}
+_FEWEST_SOURCES_ON_CPU = 4
 
 
 def lower(graph: fx.Graph, kernels: Kernels) -> None:
@@ -57,7 +56,10 @@ def lower(graph: fx.Graph, kernels: Kernels) -> None:
         admits=lambda mix: implementation(mix, kernels) != "mix",
         in_two_phases=lambda block: (
             block.moves_less_in_two_phases
-            and len(block.completed) >= _FEWEST_SOURCES[implementation(block.mixes[0], kernels)]
+            and (
+                implementation(block.mixes[0], kernels) == "triton"
+                or len(block.completed) >= _FEWEST_SOURCES_ON_CPU
+            )
         ),
     )
     fuse_neighbours(graph)

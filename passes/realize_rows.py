@@ -5,6 +5,9 @@ nothing about it lays out the arguments for every call by itself: the root of a 
 the sum of two embeddings, was written anew for each of 48 sites. Here an argument is written where
 it is first read, and stays.
 
+What a call writes over (``write_in_place.py``) may have readers that Inductor has not computed yet,
+since it computes loops where their results are read. They are computed before the call.
+
 Contract: values are the same bit for bit.
 """
 
@@ -17,6 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.cpp_library import DTYPES, NAMES
+from attnres_compile.passes.cpp_calls import written_by
 from attnres_compile.passes.graph_values import value_of
 
 
@@ -35,10 +39,13 @@ def _written_once(call: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """The arguments, in memory and row by row, as their example values are."""
     from torch._inductor.ir import TensorBox
     from torch._inductor.lowering import constrain_to_fake_tensors
+    from torch._inductor.virtualized import V
 
     for argument in pytree.tree_leaves(args):
         if isinstance(argument, TensorBox):
             argument.realize()
+    for room in written_by(call, args):
+        V.graph.mark_buffer_mutated(room.get_name())  # which has its readers computed
     examples = pytree.tree_map_only(fx.Node, value_of, call.args)
     laid_out: tuple[Any, Any] = constrain_to_fake_tensors(  # type: ignore[no-untyped-call]
         args, kwargs, examples, {}

@@ -11,7 +11,8 @@ to the next. So a block becomes (arXiv 2603.15031, section 4):
 In rows of D elements per token, with n completed sources and S sites, two phases move about
 ``n + 6S`` forward and ``3n + 7S`` backward, one pass per site ``nS + 4S`` and ``3nS + 5S``. With at
 most two sources, or a single site, the one pass moves less, and is what is emitted: an
-``attnres::phase2`` that takes the completed sources themselves.
+``attnres::phase2`` that takes the completed sources themselves. ``lower.py`` adds what a CPU needs
+for two phases to pay.
 
 Contract: values are the same to rounding, whatever the schedule. Every ``attnres::mix`` of which
 only the mix is used becomes an ``attnres::phase2``; nothing else but the additions that complete a

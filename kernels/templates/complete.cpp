@@ -41,6 +41,7 @@ extern "C" void complete_backward(const Element **sources, const Element *grad_s
                                   int64_t width, int64_t threads) {
   Shares sums(threads, (sites + 1) * width);
   auto later = rows_of(queries, sites, width);
+  std::vector<Element> zeros(width);
   over_tokens(tokens, threads, [&](int thread, int64_t begin, int64_t end) {
     auto sum_rows = rows_of(sums.of(thread), sites, width);
     Real *to_branch_bias = sums.of(thread) + sites * width;
@@ -61,10 +62,11 @@ extern "C" void complete_backward(const Element **sources, const Element *grad_s
         combinations(rows.data(), some, {slopes.data(), 1, TOKENS}, sum_rows.data(),
                      sum_rows.data(), sites, width);
       if (!grad) return;
-      auto arriving = rows_of(grad_source ? grad_source + t * width : nullptr, some, width);
+      auto arriving = rows_of(grad_source ? grad_source + t * width : zeros.data(), some,
+                              grad_source ? width : 0);
       if (grad_source) fetch(arriving.data(), some, batch_of(width) * width, width);
-      combinations(later.data(), sites, {slopes.data(), TOKENS, 1},
-                   grad_source ? arriving.data() : nullptr, total_rows.data(), some, width);
+      combinations(later.data(), sites, {slopes.data(), TOKENS, 1}, arriving.data(),
+                   total_rows.data(), some, width);
       for (int64_t u = 0; u < some; ++u) {
         Real inverse = inverse_rms[t + u], along = to_self[u] * inverse * inverse / width;
         Element *out = grad + (t + u) * width;

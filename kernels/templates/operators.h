@@ -1,5 +1,5 @@
 // From tensors to addresses, upon PyTorch's stable ABI. One function per operator follows, generated
-// by cpp_library.py: it hands what an operator is called with to the function of phase2.cpp.
+// by cpp_library.py: it hands what an operator is called with to its function.
 
 #include <optional>
 #include <torch/csrc/stable/library.h>

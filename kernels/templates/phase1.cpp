@@ -23,7 +23,7 @@ extern "C" void phase1(const Element **sources, int64_t count, const Real **logi
         rows_at(rows, sources, (t + u) * width);
         rows_at(results, mixes, (t + u) * width);
         fetch(rows.data(), count, AHEAD * width, width);
-        combinations(rows.data(), count, {&alphas[u], TOKENS, count * TOKENS},
+        combinations(rows.data(), count, {alphas.data() + u, TOKENS, count * TOKENS},
                      (const Element *const *)nullptr, results.data(), sites, width);
       }
     });
@@ -93,7 +93,7 @@ extern "C" void phase1_backward(const Element **sources, int64_t count, const Re
             for (int64_t m = 0; m < mixes; ++m)
               slopes[(mixed[m] * count + k) * TOKENS + u] = found[k * mixes + m];
         }
-        combinations(mix_rows.data(), mixes, {&shares[u], TOKENS, mixes * TOKENS}, starts.data(),
+        combinations(mix_rows.data(), mixes, {shares.data() + u, TOKENS, mixes * TOKENS}, starts.data(),
                      results.data(), wants, width);
       }
       for (int64_t j = 0; grad_logits && j < sites; ++j) {

@@ -1,6 +1,6 @@
 // Rows of numbers on a CPU: dot products, weighted sums, softmax and norms, in vectors that fit the
-// machine's. phase2.cpp follows in the same translation unit, compiled once per element type with
-// FOR_FLOAT32 or the like defined. Arithmetic is done in Real, double for double and otherwise
+// machine's. products.h and the phases follow in the same translation unit, compiled once per element
+// type with FOR_FLOAT32 or the like defined. Arithmetic is done in Real, double for double and otherwise
 // float, and rounded to Element once.
 
 #include <algorithm>
