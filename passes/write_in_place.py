@@ -2,7 +2,8 @@
 
 A site has read a row by the time it writes those that are made of it, so its results can go where
 its arguments were: to lines that are in the cache already, and not to memory that has to be found
-first. Inductor does this for loops that it generates itself.
+first. Inductor does this for loops that it generates itself. ``realize_rows.py`` sees to it that
+those that read what is written over come before.
 
 Contract: values are the same bit for bit.
 """

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from attnres_compile.bench import bytes as bench_bytes
 from attnres_compile.bench import cpu, gpu
 from attnres_compile.bench.peers import peers
 from attnres_compile.bench.residual_model import ResidualModel
 from attnres_compile.cli import main, parser
+from attnres_compile.errors import BackendError
 
 FLAGS = {
     "bytes": "completed sublayers width tokens dtype norm",
@@ -57,6 +60,19 @@ def test_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     least = n - 1 + s + 2 * n + 3 + 6 * (s - 1) + 3
     assert least < found["backward_rows"] < least + 4
     assert "attnres, counted" in capsys.readouterr().out
+
+
+def test_bytes_say_why_the_block_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's hints stand after the error."""
+    said = "Traceback:\n  x()\ntorch._inductor.exc.InductorError: TypeError: no x\n\nSet TORCH_LOGS"
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    case = bench_bytes.Case(completed=3, sublayers=2, width=64)
+    with pytest.raises(BackendError, match=r"failed: .*InductorError: TypeError: no x"):
+        bench_bytes.measure(case)
+    failed.stderr = "killed"
+    with pytest.raises(BackendError, match="failed: killed"):
+        bench_bytes.measure(case)
 
 
 def test_peers() -> None:
