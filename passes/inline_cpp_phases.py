@@ -29,6 +29,7 @@ from attnres_compile.kernels import cpp_library, cpp_phases, phases
 from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
+from attnres_compile.passes.call_directly import call_directly
 from attnres_compile.passes.cpp_calls import arguments_of
 from attnres_compile.passes.realize_rows import realize_rows
 from attnres_compile.passes.trim_calls import trim_calls
@@ -44,6 +45,7 @@ class InlineCppPhases(CustomGraphPass):
         if not nodes:
             return
         realize_rows()
+        call_directly()
         # A reader of room does not depend on the call that writes to it: their order has to be
         # right before, and Inductor's later sorting keeps it.
         stable_topological_sort(graph)
@@ -60,8 +62,9 @@ class InlineCppPhases(CustomGraphPass):
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        used = (absorb_biases, absorb_gradients, arguments_of, realize_rows, trim_calls)
-        passes = [inspect.getfile(each) for each in (InlineCppPhases, *used, write_in_place)]
+        used = (absorb_biases, absorb_gradients, arguments_of, call_directly, realize_rows)
+        used = (InlineCppPhases, *used, trim_calls, write_in_place)
+        passes = [inspect.getfile(each) for each in used]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
 

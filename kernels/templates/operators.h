@@ -26,31 +26,37 @@ constexpr ScalarType ELEMENT = ScalarType::BFloat16;
 constexpr ScalarType ELEMENT = REAL;
 #endif
 
-Address address_of(const Tensor &tensor) {
+Address unwrapped(const Tensor &tensor) {
   ScalarType type = tensor.scalar_type();
   bool fits = tensor.is_contiguous() && (type == ELEMENT || type == REAL);
   STD_TORCH_CHECK(fits, "the C++ library was handed a tensor that is not contiguous, or not of the "
                         "dtype of the stream or its sums; this is a bug of attnres-compile");
   return {tensor.data_ptr()};
 }
-Address address_of(const std::optional<Tensor> &tensor) { return tensor ? address_of(*tensor) : Address{nullptr}; }
+Address unwrapped(const std::optional<Tensor> &tensor) { return tensor ? unwrapped(*tensor) : Address{nullptr}; }
 
 // The addresses of several.
 struct Addresses {
   std::vector<void *> addresses;
-  explicit Addresses(const std::vector<Tensor> &tensors) {
-    for (const Tensor &tensor : tensors) addresses.push_back(address_of(tensor).address);
-  }
   template <typename T> operator T **() { return (T **)addresses.data(); }
 };
+Addresses unwrapped(const std::vector<Tensor> &tensors) {
+  Addresses all;
+  for (const Tensor &tensor : tensors) all.addresses.push_back(unwrapped(tensor).address);
+  return all;
+}
+template <typename T> const T &unwrapped(const T &numbers) { return numbers; }
 
-// Those of a source, [*tokens, width].
 struct Sizes {
-  int64_t tokens, width, threads;
+  int64_t tokens, width;
 
-  explicit Sizes(const Tensor &like) : width(like.size(like.dim() - 1)) {
-    tokens = width ? like.numel() / width : 0;
-    threads = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(tokens, 1));
+  Sizes(int64_t tokens, int64_t width) : tokens(tokens), width(width) {}
+  // Those of a source, [*tokens, width].
+  explicit Sizes(const Tensor &like) : tokens(0), width(like.size(like.dim() - 1)) {
+    if (width) tokens = like.numel() / width;
+  }
+  int64_t threads() const {
+    return std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(tokens, 1));
   }
 };
 

@@ -122,21 +122,20 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const Re
         int64_t t = start + u;
         rows_at(rows, sources, t * width);
         for (int64_t k = 0; k < count; ++k) shares[k] = Real(factor) * betas[k * TOKENS + u];
-        if (grad_mixed)
-          copy_row(total.data(), grad_mixed + t * width, width);
-        else
-          std::fill(total.begin(), total.end(), Real(0));
-        if (grad_normed) {
+        const Element *read = grad_mixed ? grad_mixed + t * width : nullptr;
+        if (!grad_normed) {
+          copy_row(total.data(), read, width);
+        } else {
           Real sum, squares;
           mix_row(row.data(), rows.data(), count, shares.data(), width, AHEAD * width, &sum,
                   &squares);
           Normed state{saved[2 * others * tokens + t],
                        norm == LAYER ? saved[(2 * others + 1) * tokens + t] : 0};
           if (wide)
-            normed_backward(total.data(), (const Real *)grad_normed + t * width, row.data(),
+            normed_backward(total.data(), read, (const Real *)grad_normed + t * width, row.data(),
                             scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
           else
-            normed_backward(total.data(), (const Element *)grad_normed + t * width, row.data(),
+            normed_backward(total.data(), read, (const Element *)grad_normed + t * width, row.data(),
                             scratch.data(), state, Norm(norm), weight, to_weight, to_bias, width);
         }
         dots(total.data(), rows.data(), count, width, slopes.data());
@@ -162,18 +161,34 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const Re
         for (int64_t k = 0; k < count; ++k) {
           if (!all_grads[k]) continue;
           Real share = shares[k], slope = towards_query[k], to_self = towards_self[k];
-          bool sums_grad = k == count - 1 && grad_branch_bias;
           const Element *source = rows[k];
           const Element *more = all_arriving[k] ? all_arriving[k] + t * width : nullptr;
           Element *out = all_grads[k] + t * width;
-          each(width, EACH {
-            auto grad = share * load<KIND>(total.data() + d) + slope * load<KIND>(query + d)
-                        - to_self * load<KIND>(source + d);
-            if (more) grad += load<KIND>(more + d);
-            if (more && way == 0) __builtin_prefetch(more + d + AHEAD * width);
-            store(out + d, grad);
-            if (sums_grad) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
-          });
+          if (k < first) {  // no query has read it here
+            each(width, EACH {
+              auto grad = share * load<KIND>(total.data() + d);
+              if (more) grad += load<KIND>(more + d);
+              store(out + d, grad);
+            });
+            continue;
+          }
+          auto write = [&](auto adds, auto sums_up) INLINE {
+            each(width, EACH {
+              auto grad = share * load<KIND>(total.data() + d) + slope * load<KIND>(query + d)
+                          - to_self * load<KIND>(source + d);
+              if (adds) grad += load<KIND>(more + d);
+              if (adds && way == 0) __builtin_prefetch(more + d + AHEAD * width);
+              store(out + d, grad);
+              if (sums_up) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
+            });
+          };
+          bool sums_up = k == count - 1 && grad_branch_bias;
+          std::true_type yes;
+          std::false_type no;
+          if (more && sums_up) write(yes, yes);
+          else if (more) write(yes, no);
+          else if (sums_up) write(no, yes);
+          else write(no, no);
         }
       }
     });

@@ -397,10 +397,12 @@ void write_normed(Out *out, const Real *row, Normed state, const Real *weight, c
   });
 }
 
-// The gradient of `row`, the mix, from that of its norm; adds to those of the weight and the bias.
+// The gradient of `row`, the mix, from that of its norm, and from those who `read` it, if anybody does;
+// adds to those of the weight and the bias.
 template <typename Out>
-void normed_backward(Real *total, const Out *arriving, const Real *row, Real *scratch, Normed state,
-                     Norm norm, const Real *weight, Real *to_weight, Real *to_bias, int64_t width) {
+void normed_backward(Real *total, const Element *read, const Out *arriving, const Real *row,
+                     Real *scratch, Normed state, Norm norm, const Real *weight, Real *to_weight,
+                     Real *to_bias, int64_t width) {
   Sum along, sum;
   each(width, EACH {
     auto unit = (load<KIND>(row + d) - state.mean) * state.scale;
@@ -416,7 +418,8 @@ void normed_backward(Real *total, const Out *arriving, const Real *row, Real *sc
   each(width, EACH {
     auto unit = (load<KIND>(row + d) - state.mean) * state.scale;
     auto value = state.scale * (load<KIND>(scratch + d) - unit * slope - shift);
-    store(total + d, load<KIND>(total + d) + value);
+    if (read) value += load<KIND>(read + d);
+    store(total + d, value);
   });
 }
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,44 @@ def test_their_fakes_compute_nothing() -> None:
 def test_rows_that_lie_apart_or_are_of_another_dtype_are_an_error(source: torch.Tensor) -> None:
     with pytest.raises(RuntimeError, match="not contiguous, or not of the dtype of the stream"):
         call(source)
+
+
+def arguments_of_a_site(source: torch.Tensor, mixed: torch.Tensor) -> list[Any]:
+    query = torch.ones(16)
+    site = (query, None, 1e-6, 2.0, 0, None, None, 0.0, False)
+    return [[source], 1, *[None] * 3, *site, None, mixed, None, None]
+
+
+def test_functions_do_what_the_operators_do() -> None:
+    """The same, for rows in whatever shape the sizes say."""
+    source, by_operator, by_function = torch.randn(3, 5, 16), torch.empty(15, 16), torch.empty(240)
+    operator("phase2", torch.float32)(*arguments_of_a_site(source, by_operator))
+    cpp_library.calls("float32").phase2(*arguments_of_a_site(source, by_function), 15, 16)
+    assert torch.equal(by_operator.flatten(), by_function)
+    by_function.zero_()
+    cpp_library.calls("float32").phase2(*arguments_of_a_site(source, by_function), 14, 16)
+    assert torch.equal(by_function[-16:], torch.zeros(16))
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "error", "message"),
+    [
+        (0, torch.ones(1, 16), RuntimeError, "not handed a list"),
+        (0, [[1.0] * 16], RuntimeError, "non-tensor"),
+        (1, "1", TypeError, "integer"),
+        (7, "1e-6", TypeError, "real number"),
+        (18, [], RuntimeError, "wrong number of arguments"),
+    ],
+)
+def test_functions_raise_for_what_is_no_argument(
+    place: int, wrong: Any, error: type[Exception], message: str
+) -> None:
+    mixed = torch.full((1, 16), 7.0)
+    arguments = [*arguments_of_a_site(torch.randn(1, 16), mixed), 1, 16]
+    arguments[place : place + 1] = [wrong, wrong] if place == 18 else [wrong]
+    with pytest.raises(error, match=message):
+        cpp_library.calls("float32").phase2(*arguments)
+    assert bool((mixed == 7).all())
 
 
 def test_a_stream_of_no_tokens() -> None:

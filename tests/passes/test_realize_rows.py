@@ -32,7 +32,7 @@ def buffers_of_the_root(make_root: str, transposed: bool = False) -> tuple[int, 
         compiled = torch.compile(model, backend="attnres", fullgraph=True)
         actual, (code,) = run_and_get_code(compiled, x)
         assert relative_error(actual, model(x)) < 1e-12
-    first_sources = re.findall(r"cpp_phase2\.float64\(\[([\w(]+)", code)
+    first_sources = re.findall(r"attnres_float64\.phase2\(\[([\w(]+)", code)
     return len(set(first_sources)), len(first_sources)
 
 
