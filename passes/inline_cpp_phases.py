@@ -62,9 +62,9 @@ class InlineCppPhases(CustomGraphPass):
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        used = (absorb_biases, absorb_gradients, arguments_of, call_directly, realize_rows)
-        used = (InlineCppPhases, *used, trim_calls, write_in_place)
-        passes = [inspect.getfile(each) for each in used]
+        moving = (absorb_biases, absorb_gradients, trim_calls, write_in_place)
+        writing = (arguments_of, call_directly, realize_rows)
+        passes = [inspect.getfile(each) for each in (InlineCppPhases, *moving, *writing)]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
 
 
