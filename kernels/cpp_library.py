@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from attnres_compile.errors import BackendError
+
 _TEMPLATES = Path(__file__).parent / "templates"
 _KERNELS = ("rows.h", "products.h", "complete.cpp", "phase1.cpp", "phase2.cpp")
 _SOURCES = [_TEMPLATES / name for name in (*_KERNELS, "operators.h", "calls.h")]
@@ -103,9 +105,18 @@ def calls(dtype: str) -> Any:
 
     They take what the operators take, in the same order, and then the number of tokens and the
     width. Tensors are read as they are: contiguous, of the right dtype, whatever shape they say.
+
+    Raises:
+        BackendError: the library was built without Python's headers.
     """
     (torch_dtype,) = (each for each, name in DTYPES.items() if name == dtype)
-    make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p)(("calls", _library(torch_dtype)))
+    library = _library(torch_dtype)
+    if not hasattr(library, "calls"):
+        raise BackendError(
+            "compiled code calls the C++ library from Python, whose headers were not there when it "
+            "was built; install them (python3-dev), empty TORCHINDUCTOR_CACHE_DIR, and start again."
+        )
+    make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p)(("calls", library))
     guards: Any = torch._C._dynamo.guards
     return make(guards._torchinductor_pyobject_tensor_data_ptr)
 
@@ -120,8 +131,14 @@ def _library(dtype: torch.dtype) -> Any:
     source += ["STABLE_TORCH_LIBRARY_IMPL(attnres, CPU, library) {"]
     source += [f'  library.impl("cpp_{n}.{name}", TORCH_BOX(&operate::{n}));' for n in NAMES]
     source += ["}", *(_call(each) for each in NAMES)]
-    source += ["PyMethodDef methods[] = {", *(f"  METHOD({each})," for each in NAMES), "  {}};"]
-    library = CppCodeCache.load("\n".join([*source, "MODULE(methods)"]), extra_flags=_FLAGS)
+    source += [
+        "static PyMethodDef methods[] = {",
+        *(f"  METHOD({each})," for each in NAMES),
+        "  {}};",
+    ]
+    source += ['extern "C" PyObject *calls(DataPointer *pointer) {']
+    source += ["  return module_of(methods, pointer);", "}", "#endif"]
+    library = CppCodeCache.load("\n".join(source), extra_flags=_FLAGS)
     _keep_pages()
     return library
 
@@ -172,7 +189,7 @@ def _call(name: str) -> str:
     """A function for Python, which takes the same and the sizes."""
     made = " ".join(f"{_TYPES[kind][1]} {each}_ = given;" for kind, each in _arguments(name))
     return (
-        f"PyObject *call_{name}(PyObject *, PyObject *const *arguments, Py_ssize_t count) {{"
+        f"static PyObject *call_{name}(PyObject *, PyObject *const *arguments, Py_ssize_t count) {{"
         f" return called(arguments, count, {len(list(_arguments(name))) + 2}, [](Given given) {{"
         f" {made} int64_t tokens = given, width = given; Sizes sizes(tokens, width);"
         f" if (PyErr_Occurred()) return; Unlocked unlocked; {_handed(name)} }}); }}"

@@ -123,8 +123,10 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const Re
         rows_at(rows, sources, t * width);
         for (int64_t k = 0; k < count; ++k) shares[k] = Real(factor) * betas[k * TOKENS + u];
         const Element *read = grad_mixed ? grad_mixed + t * width : nullptr;
-        if (!grad_normed) {
+        if (!grad_normed && read) {
           copy_row(total.data(), read, width);
+        } else if (!grad_normed) {
+          std::fill(total.begin(), total.end(), Real(0));
         } else {
           Real sum, squares;
           mix_row(row.data(), rows.data(), count, shares.data(), width, AHEAD * width, &sum,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from attnres_compile.errors import BackendError
 from attnres_compile.kernels import cpp_library
 from attnres_compile.kernels.cpp_library import operator
 
@@ -105,6 +106,12 @@ def test_functions_raise_for_what_is_no_argument(
     with pytest.raises(error, match=message):
         cpp_library.calls("float32").phase2(*arguments)
     assert bool((mixed == 7).all())
+
+
+def test_a_library_without_headers_of_python_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_library, "_library", lambda dtype: object())
+    with pytest.raises(BackendError, match="python3-dev"):
+        cpp_library.calls.__wrapped__("float32")
 
 
 def test_a_stream_of_no_tokens() -> None:

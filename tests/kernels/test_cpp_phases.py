@@ -7,7 +7,7 @@ import torch
 
 import phase_cases
 from attnres_compile.errors import BackendError
-from attnres_compile.kernels import cpp_library, phases
+from attnres_compile.kernels import cpp_library, cpp_phases, phases
 from phase_cases import SHARP, PhaseCase, by_phases
 from tolerances import relative_error
 
@@ -77,6 +77,22 @@ def test_gradients_of_what_needs_them() -> None:
     expected = case.expected(torch.float32)
     assert found.keys() == {name for name in expected if name.removeprefix("d") not in frozen}
     assert all(relative_error(found[name], expected[name]) < 2e-6 for name in found)
+
+
+def test_a_gradient_of_the_partial_sum_alone_goes_on_as_it_is() -> None:
+    """Somebody wants gradients of a site that nobody has read."""
+    sources, partial, query = list(torch.randn(2, 4, 8)), torch.randn(4, 8), torch.randn(8)
+    rest = (query, 1.0, "rms", torch.ones(8))
+    site = (query, 1e-6, 1.0, "rms", torch.ones(8), None, 1e-6, None, True, -1)
+    *_, saved = cpp_phases.phase2(None, None, sources, [partial], *site)
+    arrived = torch.randn(4, 8)
+    wanted = (-1, False, [0, 1, 2], True, False, False)
+    grads = cpp_phases.phase2_backward(
+        arrived, None, None, None, None, sources, partial, *rest, saved, *wanted
+    )
+    zeros = torch.zeros(4, 8)
+    for grad, expected in zip(grads, [zeros, zeros, arrived, zeros[0]], strict=True):
+        assert torch.equal(grad, expected)
 
 
 def test_rows_that_lie_apart_are_read_as_they_are() -> None:
