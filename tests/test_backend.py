@@ -38,7 +38,7 @@ def test_the_reference_kernels(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["small_gpt", pytest.param("llama", marks=pytest.mark.slow), "vit"]
+    "name", ["small_gpt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "vit"))]
 )
 def test_training_gives_the_losses_of_eager(name: str) -> None:
     check_training(name, "auto")
@@ -104,6 +104,7 @@ def ran_during(run: Callable[[], None]) -> set[str]:
     return {event.key for event in profile.key_averages()}
 
 
+@pytest.mark.slow  # a whole model; the next test has all functions run in CI
 def test_the_cpp_library_really_computes() -> None:
     ran = ran_during(lambda: check_as_eager("small_gpt", "auto"))
     assert {"attnres::cpp_phase2", "attnres::cpp_phase2_backward"} <= ran

@@ -39,7 +39,8 @@ def run_block(sites: int, width: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("sites", "width"), [(6, 1024), (6, 4096), pytest.param(12, 4096, marks=pytest.mark.slow)]
+    ("sites", "width"),
+    [(6, 1024), *(pytest.param(n, 4096, marks=pytest.mark.slow) for n in (6, 12))],
 )
 def test_rows_of_a_block(sites: int, width: int) -> None:
     """Narrow rows too: the narrower, the more the scalars per token count."""
