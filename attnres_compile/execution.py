@@ -23,6 +23,7 @@ from attnres_compile.capture import capture_error, tracing
 from attnres_compile.errors import AttnResError, UnconvertedPathError
 from attnres_compile.module import UNCONVERTED, Owner, declare
 from attnres_compile.passes.outline_checkpoints import outline_checkpoints
+from attnres_compile.passes.restore_unbind import restore_unbind
 from attnres_compile.rewriting import rewrite_dynamo_graph
 
 _COMPILED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, bool], Callable[..., Any]]] = (
@@ -150,6 +151,7 @@ def _compile(owner: Owner, method: str) -> Callable[..., Any]:
             from attnres_compile.backend import compile_rewritten
 
             return compile_rewritten(module, inputs)
+        restore_unbind(module)
         return outline_checkpoints(module).forward
 
     # By this name Dynamo remembers sizes that changed: with a name in common, the second of two
