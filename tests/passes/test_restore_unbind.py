@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnres_compile import AttnResConfig, convert
 from attnres_compile.passes.restore_unbind import restore_unbind
-from tests.passes_helpers import trace
+from passes_helpers import trace
 
 Function = Callable[[Any, Tensor], Any]
 
