@@ -5,8 +5,11 @@ it. The gradient of each of these is a tensor as large as all of them, zeros but
 and autograd adds them up. In a transformer that may cost half as much as all its mixes. (Inductor
 makes one loop of it.)
 
-Contract: same values. A graph that writes in place, and a tensor of which a part is returned, stay
-as they are: PyTorch forbids to write over what ``unbind`` returned.
+PyTorch forbids to write over what ``unbind`` returned, and a model may have read each part by
+itself. So graphs that write in place stay as they are, and parts (or views of them) that are
+returned or that an operation reads which is not known to make a new tensor of what it reads.
+
+Contract: values are the same bit for bit, gradients to rounding.
 """
 
 from __future__ import annotations
@@ -17,18 +20,26 @@ import operator
 import torch
 from torch import fx
 
+from attnres_compile.passes import operations as ops
 from attnres_compile.passes.graph_values import is_tensor, value_of
-from attnres_compile.passes.operations import aliases_argument, writes_into
+
+_MAKE_NEW = (
+    ops.ADDITIONS
+    | ops.ACTIVATIONS
+    | ops.SCALE_INVARIANT_NORMS
+    | (ops.PROJECTIONS - {"einsum"})
+    | {"mul", "div", "neg", "cat", "stack", "softmax"}
+)
 
 
 def restore_unbind(module: fx.GraphModule) -> None:
     """Replaces, in place, consecutive reads of all parts of a tensor's first dimension."""
     nodes = list(module.graph.nodes)
-    if any(writes_into(node) is not None for node in nodes):
+    if any(ops.writes_into(node) is not None for node in nodes):
         return
     for node in filter(is_tensor, nodes):
         parts = [user for user in node.users if user.target is operator.getitem]
-        if _unpack(node, parts) and not _is_returned(parts):
+        if _unpack(node, parts) and _only_computed_with(parts):
             _unbind(node, parts)
     module.recompile()
 
@@ -43,13 +54,15 @@ def _unpack(node: fx.Node, parts: list[fx.Node]) -> bool:
     return isinstance(size, int) and consecutive and indices == list(range(size))
 
 
-def _is_returned(parts: list[fx.Node]) -> bool:
+def _only_computed_with(parts: list[fx.Node]) -> bool:
+    """Whether nobody gets hold of the memory of the parts."""
     pending = [*parts]
     for value in pending:
-        if any(user.op == "output" for user in value.users):
-            return True
-        pending += [user for user in value.users if aliases_argument(user)]
-    return False
+        readers = [user for user in value.users if ops.operation(user) not in _MAKE_NEW]
+        if not all(map(ops.aliases_argument, readers)):
+            return False
+        pending += readers
+    return True
 
 
 def _unbind(node: fx.Node, parts: list[fx.Node]) -> None:
