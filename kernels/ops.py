@@ -191,6 +191,7 @@ def _mix_differentiably(
 
 
 def _below_autograd(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the dispatcher comes to after its autograd keys: an implementation, or a tracer."""
     with torch._C._AutoDispatchBelowAutograd():
         below = keys & torch._C._after_autograd_keyset
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.attnres.mix.default.redispatch(

@@ -39,12 +39,12 @@ def restore_unbind(module: fx.GraphModule) -> None:
         return
     for node in filter(is_tensor, nodes):
         parts = [user for user in node.users if user.target is operator.getitem]
-        if _unpack(node, parts) and _only_computed_with(parts):
+        if _are_an_unpacking(node, parts) and _only_computed_with(parts):
             _unbind(node, parts)
     module.recompile()
 
 
-def _unpack(node: fx.Node, parts: list[fx.Node]) -> bool:
+def _are_an_unpacking(node: fx.Node, parts: list[fx.Node]) -> bool:
     """Whether these reads are what unpacking the tensor leaves in a graph, and nothing more."""
     indices = [part.args[1] for part in parts]
     if len(parts) < 2 or any(type(index) is not int for index in indices):
