@@ -22,6 +22,7 @@ from attnres_compile.errors import CaptureError
 from attnres_compile.huggingface import recording_outputs, without_cache_on_meta
 from attnres_compile.passes.graph_values import CONSTANT, MODULE_CALLS, WEIGHT, ModuleCall
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
+from attnres_compile.passes.open_encoder_layers import open_encoder_layers
 from attnres_compile.passes.unroll_loops import unroll_loops
 
 Route = Literal["dynamo", "export", "graph"]
@@ -147,10 +148,11 @@ _LOGGER_METHODS = ("debug", "info", "warning", "warning_once", "info_once", "err
 
 
 def open_bodies(module: fx.GraphModule) -> None:
-    """Puts what Dynamo hides in graphs within a graph where the analysis sees it, in place."""
+    """Puts what hides in graphs within a graph or in one operator where the analysis sees it."""
     inline_checkpoints(module)
     while unroll_loops(module):
         inline_checkpoints(module)
+    open_encoder_layers(module)
 
 
 def unroll_exported(module: fx.GraphModule, program: torch.export.ExportedProgram) -> None:

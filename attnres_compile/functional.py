@@ -46,11 +46,11 @@ def attnres(
         dim: the channel dimension of size D: -1 for tokens [..., D], 1 for images [B, D, H, W].
 
     Returns:
-        A tensor of the shape and dtype of a source, differentiable once in all tensors, in reverse
-        mode (PyTorch drops forward-mode tangents at custom operators without a word).
+        A tensor of the shape and dtype of a source, differentiable once in all tensors.
 
     Raises:
         InputError: when the arguments do not fit together; the message says what to change.
+        NotImplementedError: under forward-mode derivatives and the transforms of ``torch.func``.
 
     Example:
         A model of two sublayers, with one source per sublayer:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnres_compile.errors import InputError
 from attnres_compile.kernels import plain_mix
@@ -183,11 +184,24 @@ def _mix_differentiably(
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (query, gain, eps, count, dim, kernels)
-    tensors = (*sources, query, gain)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    tensors = [t for t in (*sources, query, gain) if t is not None]
+    _refuse_transforms(tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         mixed: tuple[Tensor, Tensor, Tensor] = _Mix.apply(keys, *arguments, *sources)
         return mixed
     return _below_autograd(keys, sources, *arguments)
+
+
+def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
+    """Raise where PyTorch would go on: a tangent would be lost without a word."""
+    in_level = forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or (
+        in_level and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
+        raise NotImplementedError(
+            "attnres::mix has derivatives in reverse mode only, and none in torch.func; under "
+            "forward_ad, vmap, grad or jvp call attnres_compile.kernels.reference.mix."
+        )
 
 
 def _below_autograd(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -272,3 +272,13 @@ def test_a_site_that_no_gradient_comes_back_to(kind: Any, left_out: list[bool]) 
     said = "left out for want of a gradient" in " ".join(str(converted.plan).split())
     assert said == any(left_out)
     assert "the option sites" not in str(converted.plan)
+
+
+def test_places_are_lines_of_the_model_and_not_of_ours() -> None:
+    x = torch.randn(2, 3, WIDTH)
+    (own,) = attnres_compile.plan(Block(), (x,)).streams
+    assert {a.source.split(":")[0] for a in own.additions} == {"test_planning.py"}
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, norm_first=True)
+    # Of what PyTorch itself computes, Dynamo names no line: the nearest would be our call of it.
+    (library,) = attnres_compile.plan(nn.TransformerEncoder(layer, 2, None, False), (x,)).streams
+    assert {a.source for a in library.additions} == {""}

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attnres_compile.functional
 from attnres_compile.errors import InputError
 from attnres_compile.functional import attnres
-from attnres_compile.kernels import cpp_library, cpp_phases, ops, plain_mix
+from attnres_compile.kernels import cpp_library, cpp_phases, ops, plain_mix, reference
 from mix_cases import assert_case_matches, make_case
 from tolerances import TOLERANCE, assert_matches
 
@@ -350,6 +351,37 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(mixed.square().sum(), case.query, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"first derivatives only.*reference\.mix"):
         grad.sum().backward()
+
+
+def tangent_of_dual(function: Callable[[Tensor], Tensor], query: Tensor) -> Tensor | None:
+    with forward_ad.dual_level():
+        made = function(forward_ad.make_dual(query, torch.ones_like(query)))
+        tangent: Tensor | None = forward_ad.unpack_dual(made).tangent
+        return tangent
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "dual numbers": tangent_of_dual,
+    "jvp": lambda function, query: torch.func.jvp(function, (query,), (torch.ones_like(query),)),
+    "grad": lambda function, query: torch.func.grad(function)(query),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_no_tangent_is_lost_without_a_word(transform: str, requires_grad: bool) -> None:
+    case = make_case(3, (4, 48))
+    sources = [source.detach() for source in case.sources]
+    query = case.query.detach().requires_grad_(requires_grad)
+
+    def by(mix: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda query: mix(sources, query, None, eps=1e-6, aggregate="sum").square().sum()
+
+    with pytest.raises(NotImplementedError, match=r"reverse mode only.*reference\.mix"):
+        TRANSFORMS[transform](by(ops.mix), query)
+    assert TRANSFORMS[transform](by(reference.mix), query) is not None
+    with forward_ad.dual_level():  # nothing is lost where nothing has a tangent
+        assert by(ops.mix)(query).isfinite()
 
 
 TOKENS = torch.zeros(2, 3, 4)
