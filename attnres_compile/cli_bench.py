@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("bytes", "count what a block loads and stores per token, in the interpreter"),
             ("aot", "compile every kernel of a block for four targets, with no GPU"),
             ("cpu", "time a converted model against the unconverted one, both compiled"),
-            ("gpu", "time a block on a GPU against eager PyTorch, Inductor and Liger"),
+            ("gpu", "time a block on a GPU against eager PyTorch, Inductor, Liger and fla"),
         )
     }
     _numbers(made["bytes"], completed=8, sublayers=6, width=4096, tokens=512)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from attnres_compile.bench import bytes as bench_bytes
 from attnres_compile.bench import cpu, gpu
 from attnres_compile.bench.peers import peers
-from attnres_compile.bench.residual_model import ResidualModel
+from attnres_compile.bench.residual_model import ResidualModel, attnres_mix
 from attnres_compile.cli import main, parser
 from attnres_compile.errors import BackendError
+from attnres_compile.kernels import reference
 
 FLAGS = {
     "bytes": "completed sublayers width tokens dtype norm",
@@ -112,10 +117,30 @@ def test_the_compared_networks_compute_the_same() -> None:
 def test_the_forms_on_a_gpu_compute_the_same() -> None:
     root = torch.randn(5, 16)
     outputs = []
-    for mixer in {mixer for mixer, _ in gpu.forms().values() if "_liger" not in mixer.__qualname__}:
+    for mixer in {
+        mixer for name, (mixer, _) in gpu.forms().items() if name not in ("Liger", "fla")
+    }:
         torch.manual_seed(0)
         outputs.append(ResidualModel([2, 2], 16, mixer)(root))
     torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_fla_is_compared_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in of its signature: fla itself runs on nothing but GPUs."""
+
+    def fused_attnres(
+        query: Tensor, residuals: Sequence[Tensor], rms_weight: Tensor, *, rms_eps: float
+    ) -> Tensor:
+        return reference.mix(residuals, query, rms_weight, eps=rms_eps, aggregate="mean")
+
+    monkeypatch.setitem(sys.modules, "fla.ops.attnres", None)
+    assert "fla" not in gpu.forms()
+    installed = SimpleNamespace(fused_attnres=fused_attnres)
+    monkeypatch.setitem(sys.modules, "fla.ops.attnres", installed)  # type: ignore[arg-type]
+    mixer, backend = gpu.forms()["fla"]
+    assert backend is None
+    sources, query = torch.randn(3, 5, 16).unbind(0), torch.randn(16)
+    torch.testing.assert_close(mixer(sources, query), attnres_mix(sources, query))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

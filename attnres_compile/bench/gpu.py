@@ -1,4 +1,4 @@
-"""Time of one block's model on a GPU, beside eager PyTorch, Inductor and Liger.
+"""Time of one block's model on a GPU, beside eager PyTorch, Inductor, Liger and fla.
 
 The sublayers do next to nothing, so that what is timed are the mixes, the additions and the norms
 around them. Bandwidth is what a block has to move at least (two phases, all fused) over its time.
@@ -59,15 +59,15 @@ def measure(*, width: int, blocks: int, sublayers: int, tokens: int, runs: int) 
 
 
 def forms() -> dict[str, tuple[Mixer, str | None]]:
-    """What is compared: who mixes, and who compiles."""
+    """What is compared: who mixes, and who compiles. Of the peers, those that are installed."""
     found: dict[str, tuple[Mixer, str | None]] = {
         "attnres": (attnres_mix, "attnres"),
         "eager operator": (attnres_mix, None),
         "eager naive": (stacked_mix, None),
         "Inductor naive": (stacked_mix, "inductor"),
     }
-    liger = _liger()
-    return {**found, "Liger": (liger, None)} if liger else found
+    peers = {"Liger": _liger(), "fla": _fla()}
+    return found | {name: (mixer, None) for name, mixer in peers.items() if mixer is not None}
 
 
 def _liger() -> Mixer | None:
@@ -81,6 +81,20 @@ def _liger() -> Mixer | None:
         mixed: Tensor = liger.LigerAttnResFunction.apply(
             torch.stack(tuple(sources)), query, gain, EPS
         )
+        return mixed
+
+    return mix
+
+
+def _fla() -> Mixer | None:
+    try:
+        fla: Any = importlib.import_module("fla.ops.attnres")
+    except ImportError:
+        return None
+
+    def mix(sources: Sequence[Tensor], query: Tensor) -> Tensor:
+        gain = torch.ones_like(query)
+        mixed: Tensor = fla.fused_attnres(query, tuple(sources), gain, rms_eps=EPS)
         return mixed
 
     return mix
