@@ -194,14 +194,16 @@ def _mix_differentiably(
 
 def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
     """Raise where PyTorch would go on: a tangent would be lost without a word."""
-    in_level = forward_ad._current_level >= 0
-    if torch._C._are_functorch_transforms_active() or (
-        in_level and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    ):
+    functional = torch._C._are_functorch_transforms_active()
+    if functional or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
         raise NotImplementedError(
             "attnres::mix has derivatives in reverse mode only, and none in torch.func; under "
             "forward_ad, vmap, grad or jvp call attnres_compile.kernels.reference.mix."
         )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _below_autograd(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
