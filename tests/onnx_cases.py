@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from attnres_compile.checkpoint.onnx import ORIGINAL
+
 OPSET = 17
 WIDTH = 8
 TOKENS: list[int | str] = ["batch", "seq", WIDTH]
@@ -139,3 +141,9 @@ class Program:
         """A model of one input ``x`` and one output."""
         tensors = (element, shape)
         return model_of(self.nodes, {"x": tensors}, {output: tensors}, self.weights)
+
+
+def remember_as_original(model: onnx.ModelProto, text: str) -> None:
+    """Changes what a converted file holds as its original."""
+    for each in model.metadata_props:
+        each.value = text if each.key == ORIGINAL else each.value

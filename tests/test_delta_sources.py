@@ -1,190 +1,36 @@
-"""Whole models with delta sources: counts by hand, losslessness, forward passes by hand, tools."""
+"""Whole models with delta sources: counts by hand, losslessness, forward passes by hand."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torchvision
-import transformers
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 import attnres_compile
 import oracle_deltas
 from attnres_compile import AttnResConfig
 from attnres_compile.capture import capture
-from attnres_compile.errors import ConfigError, NothingToConvertError
+from attnres_compile.errors import NothingToConvertError
 from attnres_compile.planning import plan_of_capture
 from conversions import randomize, sites_of
+from delta_cases import (
+    CASES,
+    CONFIG,
+    PLANNED_ONLY,
+    PLANS_ALIKE,
+    TOLERANCE,
+    Case,
+    arguments,
+    assert_same_gradient,
+    with_slow,
+)
 from oracle_mixer import Mixing
 from tolerances import relative_error
-from zoo_case import float_outputs, perturb, tokens
+from zoo_case import float_outputs
 from zoo_conversion import assert_everything_learns, assert_lossless, new_names, run
-
-WIDTH = 16
-TOLERANCE = 1e-10
-
-
-def small(config: Any, **options: Any) -> Any:
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 2 * WIDTH,
-    }
-    return config(**sizes, **options)
-
-
-def make_encoder() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True)
-    return nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(WIDTH))
-
-
-def make_resnet(blocks: tuple[int, ...] = (4, 1, 3, 2)) -> nn.Module:
-    """The stages have 3, 0, 2 and 1 blocks after the one that projects its skip."""
-    bottleneck = torchvision.models.resnet.Bottleneck
-    return torchvision.models.ResNet(bottleneck, list(blocks), num_classes=5, width_per_group=4)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and what is counted by hand in its source.
-
-    Attributes:
-        sublayers: of each stream, by its name.
-        too_short: additions in streams of one sublayer, which are refused.
-        oracle: its forward pass with delta sources; None for the plan alone.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], Tensor]
-    sublayers: dict[str, int]
-    oracle: Callable[..., dict[str, Tensor]] | None
-    too_short: int = 0
-
-    def build(self) -> tuple[nn.Module, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            model = self.make().eval()
-            perturb(model)
-            inputs = self.inputs()
-        return model.double(), inputs.double() if inputs.is_floating_point() else inputs
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def values() -> Tensor:
-    return torch.randn(2, 5, WIDTH)
-
-
-def pixels() -> Tensor:
-    return torch.randn(2, 3, 32, 32)
-
-
-SHARED = "encoder.albert_layer_groups.0.albert_layers.0"
-CASES = [
-    Case(
-        "bert",
-        lambda: transformers.BertModel(small(transformers.BertConfig)),
-        tokens,
-        {"encoder.layer": 6},
-        oracle_deltas.bert,
-    ),
-    Case(
-        "albert",
-        lambda: transformers.AlbertModel(small(transformers.AlbertConfig, embedding_size=8)),
-        tokens,
-        {SHARED: 6},
-        oracle_deltas.albert,
-    ),
-    Case("encoder", make_encoder, values, {"layers": 6}, oracle_deltas.transformer_encoder),
-    Case(
-        "resnet",
-        make_resnet,
-        pixels,
-        {"layer1": 3, "layer3": 2},
-        oracle_deltas.resnet,
-        too_short=1,
-    ),
-    Case(
-        "deep_norm",
-        lambda: oracle_deltas.DeepNorm(WIDTH, 5),
-        values,
-        {"stream": 5},
-        oracle_deltas.deep_norm,
-    ),
-    Case(
-        "gated_skips",
-        lambda: oracle_deltas.GatedSkips(WIDTH, 5),
-        values,
-        {"stream": 5},
-        oracle_deltas.gated_skips,
-    ),
-    Case(
-        "subtracted",
-        lambda: oracle_deltas.Subtracted(WIDTH, 5),
-        values,
-        {"stream": 5},
-        oracle_deltas.subtracted,
-    ),
-    Case(
-        "lambdas",
-        lambda: oracle_deltas.Lambdas(WIDTH, 3),
-        values,
-        {"stream": 6},
-        oracle_deltas.lambdas,
-    ),
-]
-PLANNED_ONLY: list[Any] = [
-    Case(
-        "roberta",
-        lambda: transformers.RobertaModel(small(transformers.RobertaConfig)),
-        tokens,
-        {"encoder.layer": 6},
-        None,
-    ),
-    Case(
-        "transformer",
-        lambda: nn.Transformer(WIDTH, 2, 2, 2, 2 * WIDTH, batch_first=True),
-        values,
-        {"encoder.layers": 4, "decoder.layers": 6},
-        None,
-    ),
-    pytest.param(
-        Case(
-            "resnet50",
-            torchvision.models.resnet50,
-            pixels,
-            {"layer1": 2, "layer2": 3, "layer3": 5, "layer4": 2},
-            None,
-        ),
-        marks=pytest.mark.slow,
-    ),
-]
-
-
-def with_slow(cases: list[Any], names: set[str]) -> list[Any]:
-    """Cases by name behind the slow marker; the forward passes by hand take them all anyway."""
-    return [pytest.param(c, marks=pytest.mark.slow) if str(c) in names else c for c in cases]
-
-
-by_case = pytest.mark.parametrize("case", CASES, ids=str)
-PLANS_ALIKE = {"resnet", "roberta", "transformer"}
-CONFIG = AttnResConfig(block_sublayers=2, delta_sources=True)
-
-
-def arguments(case: Case, inputs: Tensor) -> tuple[Any, ...]:
-    return (inputs, inputs) if case.name == "transformer" else (inputs,)
 
 
 @pytest.mark.parametrize("case", with_slow([*CASES, *PLANNED_ONLY], PLANS_ALIKE), ids=str)
@@ -243,7 +89,7 @@ def test_lossless_and_stripped(case: Case) -> None:
     assert_everything_learns(run(converted, ((inputs,), {})), expected, new_names(plan))
 
 
-@by_case
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(
     ("aggregate", "block_sublayers"),
     [
@@ -310,13 +156,6 @@ def loss(outputs: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def assert_same_gradient(actual: Tensor | None, expected: Tensor | None, name: str) -> None:
-    assert actual is not None, name
-    assert expected is not None, name
-    scale = max(expected.abs().max().item(), 1e-3)
-    assert (actual - expected).abs().max().item() <= 100 * TOLERANCE * scale, name
-
-
 def test_a_branch_that_reads_the_state_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin of the comparison: an oracle that reads one site less does not pass."""
     read = oracle_deltas.DeltaMixer.read
@@ -352,141 +191,3 @@ def test_a_large_root_costs_digits() -> None:
     """As documented: differences are rounded at the size of the root."""
     assert rounding_error(1) < 2e-6
     assert 1e-5 < rounding_error(1e4) < 4e-3
-
-
-# Tools.
-
-
-def converted_encoder(**options: Any) -> tuple[Any, Tensor]:
-    model, inputs = CASES[2].build()
-    converted = attnres_compile.convert(model, (inputs,), config=CONFIG, **options)
-    randomize(converted)
-    return converted, inputs
-
-
-def test_saved_and_loaded(tmp_path: Path) -> None:
-    converted, inputs = converted_encoder()
-    attnres_compile.save(converted, tmp_path / "new.safetensors", new_only=True)
-    loaded = attnres_compile.load(tmp_path / "new.safetensors", CASES[2].build()[0])
-    assert loaded.plan == converted.plan
-    assert loaded.plan.streams[0].deltas
-    assert torch.equal(loaded(inputs), converted(inputs))
-
-
-def test_exported() -> None:
-    converted, inputs = converted_encoder()
-    program = attnres_compile.export(converted, (inputs,))
-    assert relative_error(program.module()(inputs), converted(inputs)) <= TOLERANCE
-
-
-def test_graphs_are_converted_too() -> None:
-    """An ExportedProgram and a GraphModule, as they are: the same sites and values."""
-    converted, inputs = converted_encoder()
-    model = CASES[2].build()[0]
-    program = attnres_compile.convert(torch.export.export(model, (inputs,)), config=CONFIG)
-    found: Any = program
-    assert found.plan.num_parameters == converted.plan.num_parameters
-    assert relative_error(found.module()(inputs), model(inputs)) <= TOLERANCE
-    deep = CASES[4].build()[0]
-    graph = torch.fx.symbolic_trace(deep)
-    traced: Any = attnres_compile.convert(graph, (inputs,), config=CONFIG)
-    assert traced.plan.num_residual_additions == 5
-    assert relative_error(traced(inputs), deep(inputs)) <= TOLERANCE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["reference", "auto"])
-def test_the_backend_takes_differences_as_sources(kernels: str) -> None:
-    """Five sources and two sites a block, so that blocks are computed in two phases."""
-    model, inputs = Case("", lambda: oracle_deltas.DeepNorm(WIDTH, 8), values, {}, None).build()
-    converted: Any = attnres_compile.convert(model, (inputs,), config=CONFIG)
-    randomize(converted)
-    expected = run(converted, ((inputs,), {}))
-    compiled: Any = torch.compile(
-        converted, backend="attnres", fullgraph=True, options={"kernels": kernels}
-    )
-    gradients = {name: g.clone() for name, g in expected.gradients.items()}
-    converted.zero_grad(set_to_none=True)
-    assert relative_error(compiled(inputs), converted(inputs)) <= TOLERANCE
-    converted.zero_grad(set_to_none=True)
-    run_compiled = run(_Named(compiled, converted), ((inputs,), {}))
-    for name, gradient in gradients.items():
-        assert_same_gradient(run_compiled.gradients[name], gradient, name)
-
-
-class _Named(nn.Module):
-    """A compiled model under the parameter names of the original."""
-
-    def __init__(self, compiled: Any, model: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(compiled=compiled, model=model)
-
-    def forward(self, *args: Any) -> Any:
-        return self.__dict__["compiled"](*args)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["model"].named_parameters(*args, **kwargs)
-
-
-class Checkpointed(nn.Module):
-    """Post-norm layers, each behind torch.utils.checkpoint."""
-
-    def __init__(self, inner: nn.Module, use: bool) -> None:
-        super().__init__()
-        self.inner = inner
-        self.use = use
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner: Any = self.inner
-        for layer in inner.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.use else layer(x)
-        return x
-
-
-def test_checkpointed_layers_are_entered() -> None:
-    results = []
-    for use in (False, True):
-        inner, inputs = CASES[2].build()
-        model = Checkpointed(inner, use)
-        converted: Any = attnres_compile.convert(model, (inputs,), config=CONFIG)
-        assert converted.plan.num_residual_additions == 6
-        randomize(converted)
-        results.append(run(converted, ((inputs,), {})))
-    plain, checkpointed = results
-    assert relative_error(checkpointed.outputs[0], plain.outputs[0]) <= TOLERANCE
-    assert checkpointed.gradients.keys() == plain.gradients.keys()
-    for name, gradient in plain.gradients.items():
-        assert_same_gradient(checkpointed.gradients[name], gradient, name)
-
-
-@pytest.mark.slow
-def test_a_model_with_and_one_without_in_one_graph() -> None:
-    """Each of two converted models in an outer compile keeps its own kind of analysis."""
-    first, inputs = converted_encoder()
-    norm_first = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True, norm_first=True)
-    plain = nn.TransformerEncoder(norm_first, 2, enable_nested_tensor=False).double().eval()
-    second: Any = attnres_compile.convert(plain, (inputs,))
-    randomize(second)
-    both = torch.compile(
-        lambda x: second(first(x)),
-        backend="attnres",
-        fullgraph=True,
-        options={"kernels": "reference"},
-    )
-    assert relative_error(both(inputs), second(first(inputs))) <= TOLERANCE
-
-
-def test_foreign_names_cannot_express_it(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, aggregate="mean")
-    model, inputs = CASES[2].build()
-    converted = attnres_compile.convert(model, (inputs,), config=config)
-    with pytest.raises(ConfigError, match="differences of states"):
-        attnres_compile.save(converted, tmp_path / "x.safetensors", names="kimi")
-
-
-def test_the_plan_says_so() -> None:
-    model, inputs = CASES[4].build()
-    with_deltas = str(attnres_compile.plan(model, (inputs,), config=CONFIG))
-    assert "the root, and the differences that blocks make to the state" in with_deltas
-    plain = transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2))
-    assert "differences" not in str(attnres_compile.plan(plain, config=CONFIG))
