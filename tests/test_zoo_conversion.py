@@ -81,6 +81,9 @@ SINGLE_ROWS = {"kimi_linear": 126}
 # The skip around the selective scan in each of four layers, `scan(x) + D * x` with a learned D.
 SCALED_SKIPS = {"mamba": 4}
 
+# What linear attention remembers from token to token, `state * decay + update`.
+GATED_SKIPS = {"kimi_linear": 2, "qwen3_next": 1}
+
 # How many readers are norms, and how many are not, read in the models' sources.
 READERS = {
     "llama": (9, 0),  # 2 per layer and the final one, 4 layers, in decomposed form
@@ -136,6 +139,7 @@ def check_counts(case: Case, conversion: Conversion) -> None:
     too_short = case.too_short + SINGLE_ROWS.get(case.name, 0)
     scaled = SCALED_SKIPS.get(case.name, 0)
     kinds = ["single-sublayer"] * too_short + ["scaled-carrier"] * scaled
+    kinds += ["gated-skip"] * GATED_SKIPS.get(case.name, 0)
     assert [refusal.kind for refusal in plan.refusals] == kinds
     names = [name for name, _ in conversion.converted.named_parameters()]
     original = [name for name, _ in conversion.model.named_parameters()]
@@ -155,7 +159,10 @@ def check_sites_in_an_export(case: Case, conversion: Conversion) -> None:
     assert sites_of(plan) == sites_of(conversion.plan)
     # Some models choose another form of a scan in an export.
     kinds = {refusal.kind for refusal in (*plan.refusals, *conversion.plan.refusals)}
-    assert kinds <= {"single-sublayer", *(["scaled-carrier"] if case.name in SCALED_SKIPS else [])}
+    allowed = {"single-sublayer"}
+    allowed |= {"scaled-carrier"} if case.name in SCALED_SKIPS else set()
+    allowed |= {"gated-skip"} if case.name in GATED_SKIPS else set()
+    assert kinds <= allowed
 
 
 def check_stripping(conversion: Conversion) -> None:
