@@ -36,13 +36,19 @@ def attnres_backend(
 
     Raises:
         MismatchError: a converted model's graph does not hold the sites of its plan.
-        BackendError: unknown kernels, kernels that cannot run here, or no C++ compiler where one
-            is needed.
+        BackendError: unknown kernels or options, kernels that cannot run here, or no C++ compiler
+            where one is needed.
     """
     patches = dict(options or {})
     kernels = patches.pop("kernels", "auto")
     if kernels not in get_args(Kernels):
         raise BackendError(f"kernels={kernels!r} is unknown; use one of {get_args(Kernels)}.")
+    unknown = sorted(patches.keys() - torch._inductor.config.get_config_copy().keys())
+    if unknown:
+        raise BackendError(
+            f"option {unknown[0]!r} is neither 'kernels' nor one of Inductor's; "
+            "torch._inductor.list_options() names those."
+        )
     if mode is not None:
         patches = {**torch._inductor.list_mode_options(mode), **patches}
     rewritten = rewrite_dynamo_graph(module, None)

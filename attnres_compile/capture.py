@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.nn.modules import transformer
 
 from attnres_compile.errors import CaptureError
 from attnres_compile.huggingface import recording_outputs, without_cache_on_meta
-from attnres_compile.passes.graph_values import CONSTANT, MODULE_CALLS, WEIGHT, ModuleCall
+from attnres_compile.passes.graph_values import CALLERS, CONSTANT, MODULE_CALLS, WEIGHT, ModuleCall
 from attnres_compile.passes.inline_checkpoints import inline_checkpoints
 from attnres_compile.passes.open_encoder_layers import open_encoder_layers
 from attnres_compile.passes.unroll_loops import unroll_loops
@@ -119,31 +122,75 @@ def _capture_by_export(
 def tracing(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Settings under which models trace whole, around a capture and around every later call.
 
-    Loggers are ignored (transformers' ``warning_once`` breaks a graph), and the fused
-    ``nn.TransformerEncoderLayer`` path is off: it hides the residual additions in one operator.
-    Hooks are guarded, since one that is registered after the first call has to run too.
+    Loggers and warnings are ignored, since they break a graph: transformers' ``warning_once``, or
+    PyTorch's own about masks of two dtypes. Hooks are guarded, since
+    one that is registered after the first call has to run too.
     """
     methods = [getattr(logging.Logger, name, None) for name in _LOGGER_METHODS]
-    ignored = {method for method in methods if method is not None}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            recording_outputs(model, kwargs),
-            without_cache_on_meta(model),
-            torch._dynamo.config.patch(
-                allow_rnn=True,
-                ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | ignored,
-                optimize_ddp=False,
-                recompile_limit=max(torch._dynamo.config.recompile_limit, 64),
-                skip_nnmodule_hook_guards=False,
-            ),
-        ):
+    ignored = {method for method in methods if method is not None} | {warnings.warn}
+    with (
+        recording_outputs(model, kwargs),
+        without_cache_on_meta(model),
+        _straight_encoders(),
+        torch._dynamo.config.patch(
+            allow_rnn=True,
+            ignore_logging_functions=torch._dynamo.config.ignore_logging_functions | ignored,
+            optimize_ddp=False,
+            recompile_limit=max(torch._dynamo.config.recompile_limit, 64),
+            skip_nnmodule_hook_guards=False,
+        ),
+    ):
+        yield
+
+
+class _StraightEncoders:
+    """``nn.TransformerEncoder`` as one graph of open layers, while any thread is within.
+
+    Its fused layers are off, which hide the residual additions in one operator, and a mask is not
+    compared with a causal one, which no graph can branch on: what follows from the comparison is
+    a hint, of no effect on values.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._fused = True
+        self._detect: Any = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._enter()
+        try:
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._fused = torch.backends.mha.get_fastpath_enabled()
+            self._detect = transformer._detect_is_causal_mask
+            torch.backends.mha.set_fastpath_enabled(False)
+            transformer._detect_is_causal_mask = _is_said_to_be_causal
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            torch.backends.mha.set_fastpath_enabled(self._fused)
+            transformer._detect_is_causal_mask = self._detect
 
 
+def _is_said_to_be_causal(
+    mask: Tensor | None, is_causal: bool | None = None, size: int | None = None
+) -> bool:
+    return is_causal is True
+
+
+_straight_encoders = _StraightEncoders()
 _LOGGER_METHODS = ("debug", "info", "warning", "warning_once", "info_once", "error", "exception")
 
 
@@ -252,6 +299,7 @@ def _user_line(error: Exception) -> str:
     stack = getattr(error, "real_stack", None)
     if not stack:
         return ""
-    own = [frame for frame in stack if "/torch/" not in frame.filename]
-    frame = (own or stack)[-1]
+    theirs = [frame for frame in stack if not frame.filename.endswith(CALLERS)]
+    own = [frame for frame in theirs if "/torch/" not in frame.filename]
+    frame = (own or theirs or stack)[-1]
     return f" at {frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} (in {frame.name})"

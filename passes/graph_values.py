@@ -26,7 +26,7 @@ WEIGHT = "attnres_weight"
 CONSTANT = "attnres_constant"
 """Key of `node.meta` of a placeholder for the tensor that an export lifted out of the program."""
 
-_CALLERS = ("attnres_compile/capture.py", "attnres_compile/execution.py")
+CALLERS = ("attnres_compile/capture.py", "attnres_compile/execution.py")
 """Files that call the user's program: their lines tell nothing of it."""
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -109,7 +109,7 @@ def source_line(node: fx.Node) -> str:
     if SOURCE in node.meta:
         return str(node.meta[SOURCE])
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    frames = [frame for frame in frames if not frame["file"].endswith(_CALLERS)]
+    frames = [frame for frame in frames if not frame["file"].endswith(CALLERS)]
     if not frames:
         return ""
     frame = frames[-1]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,17 @@ def test_unknown_kernels_are_an_error() -> None:
     with pytest.raises(Exception, match="kernels='cuda' is unknown; use one of") as caught:
         compile_with(one_mix, "cuda")(torch.randn(3, 8))
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), BackendError)
+
+
+def test_unknown_options_are_an_error() -> None:
+    for options in ({"max_autotun": True}, {"kernel": "auto"}):
+        compiled: Any = torch.compile(one_mix, backend="attnres", options=options)
+        with pytest.raises(
+            Exception, match=r"option '(max_autotun|kernel)' is neither 'kernels' nor"
+        ):
+            compiled(torch.randn(3, 8))
+    known: Any = torch.compile(one_mix, backend="attnres", options={"triton.cudagraphs": False})
+    assert known(torch.randn(3, 8)).shape == (3, 8)
 
 
 def test_triton_on_a_cpu_is_an_error_outside_of_the_interpreter() -> None:
