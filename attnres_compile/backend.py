@@ -39,7 +39,7 @@ def attnres_backend(
         BackendError: unknown kernels or options, kernels that cannot run here, or no C++ compiler
             where one is needed.
     """
-    patches = dict(options or {})
+    patches = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     kernels = patches.pop("kernels", "auto")
     if kernels not in get_args(Kernels):
         raise BackendError(f"kernels={kernels!r} is unknown; use one of {get_args(Kernels)}.")

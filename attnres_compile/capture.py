@@ -123,8 +123,8 @@ def tracing(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Settings under which models trace whole, around a capture and around every later call.
 
     Loggers and warnings are ignored, since they break a graph: transformers' ``warning_once``, or
-    PyTorch's own about masks of two dtypes. Hooks are guarded, since
-    one that is registered after the first call has to run too.
+    PyTorch's own about masks of two dtypes. Hooks are guarded, since one that is registered after
+    the first call has to run too.
     """
     methods = [getattr(logging.Logger, name, None) for name in _LOGGER_METHODS]
     ignored = {method for method in methods if method is not None} | {warnings.warn}
@@ -144,11 +144,12 @@ def tracing(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
 
 
 class _StraightEncoders:
-    """``nn.TransformerEncoder`` as one graph of open layers, while any thread is within.
+    """``nn.TransformerEncoder`` and ``Decoder`` as one graph of open layers.
 
-    Its fused layers are off, which hide the residual additions in one operator, and a mask is not
+    Fused layers are off, which hide the residual additions in one operator, and a mask is not
     compared with a causal one, which no graph can branch on: what follows from the comparison is
-    a hint, of no effect on values.
+    a hint, of no effect on values. Both are settings of the process, from when the first thread
+    comes in until the last one leaves.
     """
 
     def __init__(self) -> None:
@@ -167,21 +168,19 @@ class _StraightEncoders:
 
     def _enter(self) -> None:
         with self._lock:
+            if not self._inside:
+                self._fused = torch.backends.mha.get_fastpath_enabled()
+                self._detect = transformer._detect_is_causal_mask
+                torch.backends.mha.set_fastpath_enabled(False)
+                transformer._detect_is_causal_mask = _is_said_to_be_causal
             self._inside += 1
-            if self._inside > 1:
-                return
-            self._fused = torch.backends.mha.get_fastpath_enabled()
-            self._detect = transformer._detect_is_causal_mask
-            torch.backends.mha.set_fastpath_enabled(False)
-            transformer._detect_is_causal_mask = _is_said_to_be_causal
 
     def _leave(self) -> None:
         with self._lock:
             self._inside -= 1
-            if self._inside:
-                return
-            torch.backends.mha.set_fastpath_enabled(self._fused)
-            transformer._detect_is_causal_mask = self._detect
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._fused)
+                transformer._detect_is_causal_mask = self._detect
 
 
 def _is_said_to_be_causal(

@@ -173,6 +173,12 @@ def _mix_backward_fake(
     return [*grads, torch.empty_like(weight)] if wants_weight else grads
 
 
+NO_TRANSFORMS = (
+    "attnres::mix has derivatives in reverse mode only, and no rules for torch.func; under "
+    "forward_ad, vmap, grad or jvp call attnres_compile.kernels.reference.mix."
+)
+
+
 def _mix_differentiably(
     keys: Any,
     sources: Sequence[Tensor],
@@ -196,10 +202,11 @@ def _refuse_transforms(tensors: Sequence[Tensor]) -> None:
     """Raise where PyTorch would go on: a tangent would be lost without a word."""
     functional = torch._C._are_functorch_transforms_active()
     if functional or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
-        raise NotImplementedError(
-            "attnres::mix has derivatives in reverse mode only, and none in torch.func; under "
-            "forward_ad, vmap, grad or jvp call attnres_compile.kernels.reference.mix."
-        )
+        raise NotImplementedError(NO_TRANSFORMS)
+
+
+def _vmap(*_: object) -> None:
+    raise NotImplementedError(NO_TRANSFORMS)
 
 
 def _has_tangent(tensor: Tensor) -> bool:
@@ -288,6 +295,7 @@ def _registered() -> Any:
     library.impl("mix", _mix_eagerly, "CompositeExplicitAutograd")
     library.impl("mix", _mix_differentiably, "Autograd", with_keyset=True)
     torch.library.register_fake("attnres::mix", _mix_fake, lib=library)
+    torch.library.register_vmap("attnres::mix", _vmap, lib=library)
     return library
 
 

@@ -42,6 +42,8 @@ _REASONS = {
     "additions, so block sums do not have its shape; do that before or after the stream",
     "detached-carrier": "the carrier is detached between residual additions, and mixes would pass "
     "gradients round that; let gradients through, or detach what the stream starts from",
+    "fused-layer": "PyTorch has fused a layer and its residual additions into one operator; export "
+    "with gradients, or after torch.backends.mha.set_fastpath_enabled(False)",
     "fused-addition": "the residual addition is fused into another operator; write it as x + f(x)",
     "skip-as-factor": "the skip is a factor of the branch in the same operator, where it cannot be "
     "the state and read the mix at once; write it as x + x * f(x)",
@@ -170,6 +172,12 @@ def explain_fused_additions(view: Dataflow, reads: Reads) -> list[Refusal]:
         if bit[source] & (depends if ops.is_projection(node) else projected)[branch]
     }
     return [_refusal(node, "fused-addition") for node in found]
+
+
+def explain_fused_layers(view: Dataflow) -> list[Refusal]:
+    """Layers of ``nn.TransformerEncoder`` in one operator, in exports made without gradients."""
+    layers = (n for n in view.order if ops.operation(n) == "_transformer_encoder_layer_fwd")
+    return [_refusal(node, "fused-layer") for node in layers]
 
 
 def explain_mixed_streams(

@@ -30,6 +30,7 @@ from attnres_compile.passes.explain_bodies import explain_bodies
 from attnres_compile.passes.explain_refusals import (
     explain_altered_skips,
     explain_fused_additions,
+    explain_fused_layers,
     explain_mixed_streams,
     explain_own_factors,
     explain_short_chains,
@@ -74,7 +75,7 @@ def find_streams(
     refused = found.refused
     if refused and not delta_sources:
         refused = offer_deltas(refused, find_streams(graph, delta_sources=True).streams)
-    others = explain_fused_additions(view, found.reads)
+    others = explain_fused_additions(view, found.reads) + explain_fused_layers(view)
     others += explain_bodies(graph, _number_of_additions)
     return StreamAnalysis(tuple(found.streams), (*refused.values(), *others))
 

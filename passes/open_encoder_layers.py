@@ -1,11 +1,13 @@
 """Open ``nn.TransformerEncoderLayer``'s fused call, so that its residual additions are seen.
 
-In eval mode and without gradients that layer is one operator, which PyTorch chooses by a global
-flag while the model is traced. Where this project traces, the flag is off; where a user's own
-``torch.compile`` traces, this pass writes the layer out as its other path would have.
+In eval mode, where no gradient is wanted, that layer is one operator, which PyTorch chooses by a
+global flag while the model is traced. Where this project traces, the flag is off; where a user's
+own ``torch.compile`` traces, this pass writes the layer out as its other path would have.
 
-Contract: the graph computes what the layer computes without the flag. Masks are added to scores;
-the fused operator takes them for booleans instead, which is the same for masks of 0 and -inf.
+Contract: the graph computes what the layer computes without the flag, from what the call carries:
+GELU is the exact one, the hint that a mask is causal is not needed, and methods of a subclass are
+passed over, as they are by the operator itself. Masks are added to scores; the operator takes them
+for booleans instead, which is the same for masks of 0 and -inf.
 """
 
 from __future__ import annotations
@@ -15,16 +17,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.amp.autocast_mode import _enter_autocast
 
+from attnres_compile.errors import CaptureError
 from attnres_compile.passes.graph_editor import Editor
 
+UNDER_AUTOCAST = (
+    "nn.TransformerEncoderLayer was traced as one fused operator in a model that sets autocast "
+    "itself, and cannot be written out there; call torch.backends.mha.set_fastpath_enabled("
+    "False) before the model is compiled."
+)
+
+_FUSED = torch._transformer_encoder_layer_fwd
 _KEY_PADDING = 1
 """The type of a mask [batch, tokens]; others broadcast to [batch, heads, tokens, tokens]."""
 
 
 def open_encoder_layers(module: fx.GraphModule) -> int:
-    """Opens every fused encoder layer of a graph from Dynamo, in place; returns how many."""
-    fused = module.graph.find_nodes(op="call_function", target=torch._transformer_encoder_layer_fwd)
+    """Opens every fused encoder layer of a graph from Dynamo, in place; returns how many.
+
+    Raises:
+        CaptureError: the graph sets autocast, under which example values are not known.
+    """
+    fused = module.graph.find_nodes(op="call_function", target=_FUSED)
+    if fused and module.graph.find_nodes(op="call_function", target=_enter_autocast):
+        raise CaptureError(UNDER_AUTOCAST)
     for node in fused:
         with module.graph.inserting_before(node):
             node.replace_all_uses_with(_layer(Editor(module.graph, node), *node.args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -49,15 +50,28 @@ def settings() -> tuple[bool, Any]:
 
 
 def test_settings_are_as_before_when_the_last_one_leaves() -> None:
-    """Two threads may trace beside each other, and neither leaves first for good."""
+    """Threads may trace beside each other, and one of them may fail."""
     before = settings()
-    first, second = _straight_encoders(), _straight_encoders()
-    first.__enter__()
-    within = settings()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert settings() == within
+    with _straight_encoders():
+        within = settings()
+        with pytest.raises(ZeroDivisionError), _straight_encoders():
+            _ = 1 / 0
+        assert settings() == within
+    assert settings() == before
     assert not within[0]
     assert within[1] is not before[1]
-    second.__exit__(None, None, None)
+    seen = []
+
+    def trace() -> None:
+        for _ in range(300):
+            with _straight_encoders():
+                seen.append(settings() == within)
+
+    threads = [threading.Thread(target=trace) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 1200
+    assert all(seen)
     assert settings() == before

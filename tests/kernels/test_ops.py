@@ -364,6 +364,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
     "dual numbers": tangent_of_dual,
     "jvp": lambda function, query: torch.func.jvp(function, (query,), (torch.ones_like(query),)),
     "grad": lambda function, query: torch.func.grad(function)(query),
+    "vmap": lambda function, query: torch.func.vmap(function)(query.expand(2, -1)),
 }
 
 

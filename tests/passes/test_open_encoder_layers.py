@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnres_compile import AttnResConfig, convert
+from attnres_compile.errors import NothingToConvertError
 from attnres_compile.passes.open_encoder_layers import open_encoder_layers
-from tolerances import assert_matches
+from tolerances import assert_matches, relative_error
 
 WIDTH, TOKENS = 12, 5
 
@@ -39,6 +40,7 @@ def fused_calls(module: fx.GraphModule) -> int:
 
 
 def unfused(model: nn.Module, x: Tensor, **masks: Tensor) -> Tensor:
+    assert torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
@@ -107,3 +109,56 @@ def test_a_converted_encoder_compiles_for_inference(norm_first: bool) -> None:
                 nn.init.normal_(parameter)
         assert_matches(compiled(x), converted(x), name="trained")
         assert not torch.allclose(compiled(x), unfused(encoder, x))
+
+
+class Autocast(nn.Module):
+    """An encoder under an autocast of its own."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            result: Tensor = self.encoder(x)
+            return result
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """As close as two orders of roundings to bfloat16 are."""
+    return actual.dtype == expected.dtype and relative_error(actual, expected) < 0.02
+
+
+def test_a_model_that_switches_autocast_on_is_refused() -> None:
+    """On a CPU the layer is fused under autocast too, and Dynamo does not know its dtypes there."""
+    layer = encoder_layer(norm_first=True).float()
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(2, TOKENS, WIDTH)
+    converted = convert(Autocast(encoder), (x,), config=AttnResConfig(num_blocks=2))
+    compiled = torch.compile(converted, backend="attnres", fullgraph=True)
+    with torch.no_grad():
+        with pytest.raises(Exception, match=r"fused operator.*set_fastpath_enabled\(False\)"):
+            compiled(x)
+        assert close(unfused(compiled, x), converted(x))
+
+
+def test_under_autocast_around_the_call() -> None:
+    layer = encoder_layer(norm_first=True).float()
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(2, TOKENS, WIDTH)
+    converted = convert(encoder, (x,), config=AttnResConfig(num_blocks=2))
+    compiled = torch.compile(converted, backend="attnres", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert close(compiled(x), converted(x))
+
+
+def test_fused_layers_of_an_export_are_named() -> None:
+    layer = encoder_layer(norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        program = torch.export.export(encoder, (x,), strict=True)
+    with pytest.raises(NothingToConvertError, match=r"3 x PyTorch has fused a layer"):
+        convert(program)
+    program = torch.export.export(encoder, (x,), strict=True)
+    assert convert(program).plan.num_residual_additions == 6  # type: ignore[attr-defined]
