@@ -282,6 +282,8 @@ def test_refusal(case: Case) -> None:
     assert type(model).__name__ in message
     for refusal in plan.refusals[:1]:
         assert refusal.module_path
-        assert ".py:" in refusal.source
-        assert f"{refusal.module_path}, {refusal.source}" in message
+        # Dynamo names no line of what PyTorch's own layers compute.
+        in_pytorch = type(model).__module__.startswith("torch.")
+        assert (".py:" in refusal.source) != in_pytorch
+        assert ", ".join(filter(None, (refusal.module_path, refusal.source))) in message
     assert_same_state(model, copied)
