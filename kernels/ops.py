@@ -46,6 +46,7 @@ def mix(
 
     Raises:
         InputError: when the sources differ in shape, dtype or device, or do not fit the query.
+        NotImplementedError: under forward-mode derivatives and the transforms of ``torch.func``.
 
     Example:
         >>> sources = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])]
