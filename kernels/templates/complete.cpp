@@ -21,7 +21,7 @@ extern "C" void complete(const Element **sources, const Element *branch, const E
         measure(skip, some, queries, width, inverses, firsts.data());
       }
       auto rows = rows_of(made, some, width);
-      products(rows.data(), some, later.data() + 1, sites - 1, width, found.data());
+      products(rows.data(), some, later.data() + 1, sites - 1, width, found.data(), NOT_AHEAD);
       for (int64_t u = 0; u < some; ++u) {
         inverses[u] = 1 / std::sqrt(inverses[u] / width + Real(eps));
         logits[t + u] = firsts[u] * inverses[u];
@@ -60,13 +60,13 @@ extern "C" void complete_backward(const Element **sources, const Element *grad_s
       fetch(rows.data(), some, batch_of(width) * width, width);
       if (grad_queries)
         combinations(rows.data(), some, {slopes.data(), 1, TOKENS}, sum_rows.data(),
-                     sum_rows.data(), sites, width);
+                     sum_rows.data(), sites, width, NOT_AHEAD);
       if (!grad) return;
       auto arriving = rows_of(grad_source ? grad_source + t * width : zeros.data(), some,
                               grad_source ? width : 0);
       if (grad_source) fetch(arriving.data(), some, batch_of(width) * width, width);
       combinations(later.data(), sites, {slopes.data(), TOKENS, 1}, arriving.data(),
-                   total_rows.data(), some, width);
+                   total_rows.data(), some, width, NOT_AHEAD);
       for (int64_t u = 0; u < some; ++u) {
         Real inverse = inverse_rms[t + u], along = to_self[u] * inverse * inverse / width;
         Element *out = grad + (t + u) * width;

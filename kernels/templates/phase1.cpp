@@ -22,9 +22,9 @@ extern "C" void phase1(const Element **sources, int64_t count, const Real **logi
       for (int64_t u = 0; u < some; ++u) {
         rows_at(rows, sources, (t + u) * width);
         rows_at(results, mixes, (t + u) * width);
-        fetch(rows.data(), count, AHEAD * width, width);
         combinations(rows.data(), count, {alphas.data() + u, TOKENS, count * TOKENS},
-                     (const Element *const *)nullptr, results.data(), sites, width);
+                     (const Element *const *)nullptr, results.data(), sites, width,
+                     AHEAD * width);
       }
     });
   });
@@ -80,21 +80,18 @@ extern "C" void phase1_backward(const Element **sources, int64_t count, const Re
         rows_at(rows, sources, offset);
         rows_at(mix_rows, grad_mixes, offset);
         rows_at(results, grads, offset);
-        fetch(rows.data(), count, AHEAD * width, width);
-        fetch(mix_rows.data(), mixes, AHEAD * width, width);
         for (int64_t i = 0; i < wants; ++i) {
           const Element *arrival = all_arriving[wanted[i]];
           starts[i] = arrival ? arrival + offset : zeros.data();
-          if (arrival) fetch(&starts[i], 1, AHEAD * width, width);
         }
         if (grad_logits) {
-          products(rows.data(), count, mix_rows.data(), mixes, width, found.data());
+          products(rows.data(), count, mix_rows.data(), mixes, width, found.data(), AHEAD * width);
           for (int64_t k = 0; k < count; ++k)
             for (int64_t m = 0; m < mixes; ++m)
               slopes[(mixed[m] * count + k) * TOKENS + u] = found[k * mixes + m];
         }
-        combinations(mix_rows.data(), mixes, {shares.data() + u, TOKENS, mixes * TOKENS}, starts.data(),
-                     results.data(), wants, width);
+        combinations(mix_rows.data(), mixes, {shares.data() + u, TOKENS, mixes * TOKENS},
+                     starts.data(), results.data(), wants, width, AHEAD * width);
       }
       for (int64_t j = 0; grad_logits && j < sites; ++j) {
         const Real *alphas = weights + j * tokens + t;

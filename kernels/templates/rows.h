@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #define INLINE __attribute__((always_inline))
+#define APART __attribute__((noinline))  // inside a long function its loops run out of registers
 
 namespace {
 
@@ -131,6 +132,7 @@ template <typename A, typename B> INLINE inline void copy_row(A *to, const B *fr
 constexpr int64_t TOKENS = 16;    // at most that are worked on together
 constexpr int64_t AHEAD = 2;      // tokens, where rows are asked for before they are read
 constexpr int64_t STRETCH = 512;  // of a row that is added up by itself: sums of sums are more exact
+template <typename Row> constexpr int64_t LINE = 64 / sizeof(Row);  // of the cache, in elements
 
 // The rows of tokens, one after the other, and those that are asked for next: all sources are read
 // in turns, too many for the processor to see what comes.
@@ -139,7 +141,7 @@ struct Rows {
   int64_t width;
 
   template <typename V> INLINE V at(int64_t u, int64_t d) const {
-    if (d % (2 * LANES) == 0) __builtin_prefetch(next + u * width + d);
+    if (d % LINE<Element> == 0) __builtin_prefetch(next + u * width + d);
     return load<V>(first + u * width + d);
   }
 };
@@ -231,7 +233,8 @@ INLINE inline void combine_here(const Element *const *rows, int64_t count, const
   for (int64_t k = 0; k < count; ++k) {
     const Element *here = rows[k] + d, *later = here + ahead;
     for (int way = 0; way < WAYS; ++way) totals[way] += weights[k] * load<V>(here + way * lanes<V>);
-    for (int way = 0; ahead && way < WAYS; way += 2) __builtin_prefetch(later + way * lanes<V>);
+    for (int64_t at = 0; ahead && at < WAYS * lanes<V>; at += LINE<Element>)
+      __builtin_prefetch(later + at);
   }
   for (int way = 0; way < WAYS; ++way) use(totals[way], way, d + way * lanes<V>);
 }
