@@ -176,7 +176,7 @@ def _backward(
     sites = [j for j, grad in enumerate(grad_mixes) if grad is not None]
     arrived = [i for i in wanted if grad_carriers[i] is not None]
     if grad_statistics is None and not sites:  # nothing of this block is needed
-        return None, list(grad_carriers), None, None, None
+        return [None] * count, list(grad_carriers), [None] * count, None, None
     if grad_statistics is None:
         grad_statistics = weights.new_zeros((of_sites, 2, *tokens))
     grads = torch.ops.attnres.phase1_backward(

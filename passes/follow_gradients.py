@@ -9,12 +9,12 @@ sources, and thus round a part of the carrier that runs under ``torch.no_grad``.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.alterations import alteration_between
 from attnres_compile.passes.dataflow import Dataflow, Reads
+from attnres_compile.passes.gradient_modes import gradient_modes
 from attnres_compile.passes.graph_values import dtype_of, is_tensor, module_path, source_line
 from attnres_compile.passes.streams import Addition, Refusal, ResidualStream
 
@@ -100,13 +100,7 @@ def _carrier_before(view: Dataflow, reads: Reads, addition: Addition) -> list[fx
 
 def _without_gradients(view: Dataflow) -> set[fx.Node]:
     """The nodes that the model runs under ``torch.no_grad``."""
-    found, enabled = set(), True
-    for node in view.order:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif not enabled:
-            found.add(node)
-    return found
+    return {node for node, on in gradient_modes(view.order, at_start=True).items() if not on}
 
 
 def _differentiable(node: fx.Node) -> bool:

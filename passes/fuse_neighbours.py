@@ -1,9 +1,9 @@
 """Fuse what stands beside a site into its ``attnres::phase2``: the addition before, the norm after.
 
-The addition ``partial + branch`` moves in when the site is the first to use its result. The norm,
-a LayerNorm or RMSNorm over the channels, fused or spelled in steps, moves in when it reads the mix
-as it is; if the mix has other readers too it is written beside the normed one. Everything else is
-left as it stands, which is correct as well.
+The addition ``partial + branch`` moves in when the site is the first to use its result, and uses it
+as its partial sum alone. The norm, a LayerNorm or RMSNorm over the channels, fused or spelled in
+steps, moves in when it reads the mix as it is; if the mix has other readers too it is written
+beside the normed one. Everything else is left as it stands, which is correct as well.
 
 Contract: the same values to rounding (in 16-bit dtypes a norm in steps rounds in between, the fused
 one does not); only the fused nodes are removed.
@@ -12,6 +12,7 @@ one does not); only the fused nodes are removed.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import fx
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
+from attnres_compile.passes.gradient_modes import gradient_modes
 from attnres_compile.passes.graph_editor import Editor, hoist, refresh
 from attnres_compile.passes.graph_values import dtype_of, is_tensor, shape_of
 from attnres_compile.passes.keep_layouts import put_in_place_of
@@ -32,23 +34,27 @@ COMPLETE = torch.ops.attnres.complete.default
 def fuse_neighbours(graph: fx.Graph) -> None:
     """Moves additions and norms into the ``attnres::phase2`` nodes of a graph, in place."""
     view = Dataflow.of(graph)
+    modes = gradient_modes(graph.nodes, at_start=torch.is_grad_enabled())
     sites = [node for node in graph.nodes if node.target is PHASE2]
-    with_addition = [site for site in sites if _can_add(site, view)]
-    stand_ins: dict[fx.Node, fx.Node] = {}
+    with_addition = [site for site in sites if _can_add(site, view, modes)]
+    # By where they are computed: no gradient comes through a site that records none.
+    stand_ins: dict[bool, dict[fx.Node, fx.Node]] = {True: {}, False: {}}
     for node in list(graph.nodes):
         if node in with_addition:
             _fuse_addition(node)
         if node.target is PHASE2:
-            _fuse_norm(node, view)
+            _fuse_norm(node, view, modes)
         if node.target in (PHASE2, COMPLETE):
-            _pass_on_gradient(node, stand_ins)
+            _pass_on_gradient(node, stand_ins[modes[node]])
 
 
-def _can_add(site: fx.Node, view: Dataflow) -> bool:
+def _can_add(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, bool]) -> bool:
     """Whether the site's partial sum may as well be formed there: nobody needs it earlier."""
     addends: Any = site.kwargs["addends"]
     both = summands(addends[0]) if len(addends) == 1 else []
-    if not both or any(user < site for user in addends[0].users):
+    if not both or modes[addends[0]] != modes[site] or addends[0] in site.kwargs["sources"]:
+        return False
+    if any(user < site for user in addends[0].users):
         return False
     return not any(view.writes_between(addend, addends[0], site) for addend in both)
 
@@ -100,12 +106,12 @@ class _Norm:
     eps: float
 
 
-def _fuse_norm(site: fx.Node, view: Dataflow) -> None:
+def _fuse_norm(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, bool]) -> None:
     mixed = next(u for u in site.users if u.target is operator.getitem and u.args[1] == 1)
     if site.kwargs["dim"] != -1 or view.writes_between(mixed, mixed):
         return
     norm = _norm_of(mixed)
-    if norm is None:
+    if norm is None or any(modes[node] != modes[site] for node in (norm.node, *norm.inner)):
         return
     if not all(hoist(p, site) for p in (norm.weight, norm.bias) if p is not None):
         return

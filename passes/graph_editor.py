@@ -11,10 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.gradient_modes import gradient_modes
 from attnres_compile.passes.graph_values import MODULE_CALLS, dtype_of, value_of
 from attnres_compile.passes.inline_checkpoints import REGION
 
 aten = torch.ops.aten
+_GIVEN = ("placeholder", "get_attr")
 _PROVENANCE = (MODULE_CALLS, REGION, "nn_module_stack", "stack_trace", "source_fn_stack")
 
 
@@ -67,10 +69,11 @@ def hoist(node: fx.Node, before: fx.Node) -> bool:
     """Moves what a node is computed from, and itself, before another; False where that cannot be.
 
     Only nodes that compute something from parameters, buffers and inputs alone move: views, casts
-    and arithmetic on them, no write.
+    and arithmetic on them, no write; and none to where gradients are recorded from where they are
+    not, or the other way round.
     """
     late = _late_inputs(node, before)
-    if late is None:
+    if late is None or not _same_mode([before, *late]):
         return False
     for each in late:
         before.prepend(each)
@@ -92,8 +95,14 @@ def _late_inputs(node: fx.Node, before: fx.Node) -> list[fx.Node] | None:
     return [*late, node]
 
 
+def _same_mode(nodes: list[fx.Node]) -> bool:
+    """Whether gradients are recorded where all of these compute something, or nowhere there."""
+    modes = gradient_modes(nodes[0].graph.nodes, at_start=torch.is_grad_enabled())
+    return len({modes[node] for node in nodes if node.op not in _GIVEN}) < 2
+
+
 def _may_move(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "get_attr"):
+    if node.op in _GIVEN:
         return True
     written = any(
         ops.writes_into(user) is argument

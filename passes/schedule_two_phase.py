@@ -12,7 +12,8 @@ In rows of D elements per token, with n completed sources and S sites, two phase
 ``n + 6S`` forward and ``3n + 7S`` backward, one pass per site ``nS + 4S`` and ``3nS + 5S``. With at
 most two sources, or a single site, the one pass moves less, and is what is emitted: an
 ``attnres::phase2`` that takes the completed sources themselves. ``lower.py`` adds what a CPU needs
-for two phases to pay.
+for two phases to pay. Mixes under ``torch.no_grad`` share nothing with those that are not. Two
+phases begin where the graph does; mixes that record gradients get them if it does so there.
 
 Contract: values are the same to rounding, whatever the schedule. Every ``attnres::mix`` of which
 only the mix is used becomes an ``attnres::phase2``; nothing else but the additions that complete a
@@ -33,6 +34,7 @@ from attnres_compile.kernels import phases  # noqa: F401  registers attnres::com
 from attnres_compile.kernels.reference import arithmetic_dtype
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
+from attnres_compile.passes.gradient_modes import gradient_modes
 from attnres_compile.passes.graph_editor import Editor, hoist
 from attnres_compile.passes.graph_values import dtype_of, shape_of
 from attnres_compile.passes.keep_layouts import put_in_place_of
@@ -99,8 +101,7 @@ def schedule_two_phase(
         apart = [block for block in blocks if not in_two_phases(block)]
         together = [block for block in blocks if in_two_phases(block)]
         start = _first_computation(graph)
-        hoisted = all(_hoist_parameters(mix, start) for block in together for mix in block.mixes)
-        if not hoisted or not _stay_as_completed(Dataflow.of(graph), together):
+        if not _can_share(graph, together, start):
             apart, together = blocks, []
         # It writes the queries first: the node they stand before may be a mix that goes away.
         writer = _TwoPhaseWriter(graph, together, start) if together else None
@@ -136,8 +137,9 @@ def _streams(graph: fx.Graph, admits: Callable[[Mix], bool]) -> list[list[Mix]]:
 
     So it would be in ``x + g(x)`` where g is itself a stream, which starts at x and ends in a mix.
     """
-    streams: dict[tuple[tuple[fx.Node, float, int], int], list[Mix]] = {}
+    streams: dict[tuple[tuple[fx.Node, float, int], bool, int], list[Mix]] = {}
     depths: dict[fx.Node, int] = {}
+    modes = _modes(graph)
     for node in graph.nodes:
         if node.target in (torch.ops.attnres.mix, torch.ops.attnres.mix.default):
             mix = _read(node)
@@ -145,8 +147,8 @@ def _streams(graph: fx.Graph, admits: Callable[[Mix], bool]) -> list[list[Mix]]:
             depths[node] = max((depths[m] + 1 for m in inner if m in depths), default=0)
             plain = all(u.target is operator.getitem and u.args[1] == 0 for u in node.users)
             if plain and admits(mix):
-                streams.setdefault((mix.form, depths[node]), []).append(mix)
-    return [streams[key] for key in sorted(streams, key=lambda key: key[1])]
+                streams.setdefault((mix.form, modes[node], depths[node]), []).append(mix)
+    return [streams[key] for key in sorted(streams, key=lambda key: key[-1])]
 
 
 def _read(node: fx.Node) -> Mix:
@@ -160,22 +162,44 @@ def _first_computation(graph: fx.Graph) -> fx.Node:
     return first
 
 
+def _can_share(graph: fx.Graph, blocks: Sequence[Block], start: fx.Node) -> bool:
+    """Whether queries can be had at `start`, and sources stay what they were when scored."""
+    mixes = [mix for block in blocks for mix in block.mixes]
+    modes = _modes(graph)
+    if not torch.is_grad_enabled() and any(modes[mix.node] for mix in mixes):
+        return False
+    hoisted = all(_hoist_parameters(mix, start) for mix in mixes)
+    return hoisted and _stay_as_completed(Dataflow.of(graph), blocks, modes)
+
+
+def _modes(graph: fx.Graph) -> dict[fx.Node, bool]:
+    return gradient_modes(graph.nodes, at_start=torch.is_grad_enabled())
+
+
 def _hoist_parameters(mix: Mix, start: fx.Node) -> bool:
     """Brings query and gain to the graph's beginning, where the first source is scored."""
     return all(hoist(p, start) for p in (mix.query, mix.gain) if p is not None)
 
 
-def _stay_as_completed(view: Dataflow, blocks: Sequence[Block]) -> bool:
+def _stay_as_completed(
+    view: Dataflow, blocks: Sequence[Block], modes: Mapping[fx.Node, bool]
+) -> bool:
     """Whether nobody writes into a source after it was scored, while its sites still read it."""
     sources = dict.fromkeys(source for block in blocks for source in block.completed)
-    return not any(view.writes_between(source, _scored_after(source, blocks)) for source in sources)
+    return not any(
+        view.writes_between(source, _scored_after(source, blocks, modes)) for source in sources
+    )
 
 
-def _scored_after(source: fx.Node, blocks: Sequence[Block]) -> fx.Node:
-    """Where a source is complete: at its addition, or where a site first reads what it found."""
-    if summands(source):
-        return source
-    return next(block.mixes[0].node for block in blocks if source in block.completed)
+def _scored_after(
+    source: fx.Node, blocks: Sequence[Block], modes: Mapping[fx.Node, bool]
+) -> fx.Node:
+    """Where a source is complete: at its addition, or where a site first reads what it found.
+
+    What is found under ``torch.no_grad`` is scored at the site: its queries are trained.
+    """
+    first = next(block.mixes[0].node for block in blocks if source in block.completed)
+    return source if summands(source) and modes[source] == modes[first] else first
 
 
 def _effective_query(edit: Editor, mix: Mix) -> fx.Node:
@@ -239,6 +263,7 @@ class _TwoPhaseWriter:
     def __init__(self, graph: fx.Graph, blocks: list[Block], start: fx.Node) -> None:
         self._graph = graph
         self._blocks = blocks
+        self._modes = _modes(graph)
         self._starts = list(accumulate((len(block.mixes) for block in blocks), initial=0))
         mixes = [mix for block in blocks for mix in block.mixes]
         with graph.inserting_before(start):
@@ -260,8 +285,8 @@ class _TwoPhaseWriter:
         using = range(numbers[0], numbers[-1] + 1)
         first, end = self._starts[using.start], self._starts[using.stop]
         mix = self._blocks[using.start].mixes[0]
-        addends = summands(source)
-        after = _scored_after(source, self._blocks)
+        after = _scored_after(source, self._blocks, self._modes)
+        addends = summands(source) if after is source else []
         with self._graph.inserting_before(after.next if addends else after):
             edit = Editor(self._graph, source)
             outputs = edit.call(

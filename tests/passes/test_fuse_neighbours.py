@@ -195,3 +195,13 @@ def test_the_norm_of_a_mix_that_is_overwritten_is_left(writes: bool, norm: str) 
 
     graph = assert_unchanged_values(body, tensors(2), schedule_and_fuse)
     assert [site.kwargs["norm"] for site in sites(graph)] == [norm]
+
+
+@pytest.mark.parametrize(("twice", "addends"), [(False, 2), (True, 1)])
+def test_an_addition_that_is_two_sources_stays_where_it_is(twice: bool, addends: int) -> None:
+    def body(t: Tensors) -> Tensor:
+        total = t["branch0"] + t["branch1"]
+        return attnres([t["root"], *([total] if twice else []), total], t["query2"])
+
+    graph = assert_unchanged_values(body, tensors(2), schedule_and_fuse)
+    assert [len(site.kwargs["addends"]) for site in sites(graph)] == [addends]  # type: ignore[arg-type]

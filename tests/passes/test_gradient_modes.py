@@ -1,0 +1,169 @@
+"""Mixes under no_grad beside mixes that are trained: no gradient is lost, none appears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from attnres_compile.functional import attnres
+from attnres_compile.passes.fuse_neighbours import fuse_neighbours
+from attnres_compile.passes.gradient_modes import gradient_modes
+from attnres_compile.passes.schedule_two_phase import schedule_two_phase
+from schedule_helpers import WIDTH, Tensors, assert_unchanged_values, count, sites, tensors
+
+
+def schedule_and_fuse(graph: fx.Graph) -> None:
+    schedule_two_phase(graph)
+    fuse_neighbours(graph)
+
+
+def addition(t: Tensors, records: bool) -> Tensor:
+    total = t["root"] + t["branch0"]
+    with torch.set_grad_enabled(records):
+        mixed = attnres([t["root"], total], t["query0"])
+    return total * t["branch0"] + mixed
+
+
+def addition_inside(t: Tensors, records: bool) -> Tensor:
+    with torch.set_grad_enabled(records):
+        total = torch.sin(t["root"]) + torch.sin(t["branch0"])
+    return attnres([t["root"], total], t["query0"])
+
+
+def norm(t: Tensors, records: bool) -> Tensor:
+    with torch.set_grad_enabled(records):
+        mixed = attnres([t["root"], t["branch0"]], t["query0"])
+    return F.rms_norm(mixed, (WIDTH,), t["weight0"]) * t["root"]
+
+
+def norm_inside(t: Tensors, records: bool) -> Tensor:
+    mixed = attnres([t["root"], t["branch0"]], t["query0"])
+    with torch.set_grad_enabled(records):
+        normed = F.rms_norm(mixed, (WIDTH,), t["weight0"])
+    return torch.sin(mixed) * normed
+
+
+def weight(t: Tensors, records: bool) -> Tensor:
+    mixed = attnres([t["root"], t["branch0"]], t["query0"])
+    with torch.set_grad_enabled(records):
+        scale = 1 + t["weight0"]
+    return F.rms_norm(mixed, (WIDTH,), scale)
+
+
+BESIDE = {f.__name__: f for f in (addition, addition_inside, norm, norm_inside, weight)}
+
+
+@pytest.mark.parametrize("body", BESIDE.values(), ids=BESIDE)
+def test_what_stands_in_another_mode_is_not_fused(body: Callable[..., Tensor]) -> None:
+    def fused(records: bool) -> bool:
+        graph = assert_unchanged_values(lambda t: body(t, records), tensors(1), schedule_and_fuse)
+        (site,) = sites(graph)
+        return len(site.kwargs["addends"]) == 2 or site.kwargs["norm"] != "none"
+
+    assert fused(True)
+    assert not fused(False)
+
+
+def stream(t: Tensors, records: bool) -> Tensor:
+    """Two sites of a block, and between them the same mix again."""
+    sources = [t["root"], *(torch.tanh(t[f"branch{i}"]) for i in range(3))]
+    partial = torch.tanh(2 * t["branch3"])
+    first = attnres([*sources, partial], t["query0"])
+    partial = partial + torch.tanh(first)
+    with torch.set_grad_enabled(records):
+        between = attnres([*sources, partial], t["query1"])
+    second = attnres([*sources, partial + torch.tanh(between)], t["query2"])
+    return first + between * second
+
+
+def found_inside(t: Tensors, records: bool) -> Tensor:
+    """A source that is completed where nothing is recorded, of sites whose queries are trained."""
+    with torch.set_grad_enabled(records):
+        start = torch.sin(t["root"]) + torch.sin(t["branch0"])
+    sources = [start, torch.tanh(t["branch1"]), torch.tanh(t["branch2"])]
+    first = attnres([*sources, t["branch3"]], t["query0"], t["gain0"])
+    second = attnres([*sources, t["branch3"] + torch.tanh(first)], t["query1"], t["gain1"])
+    return first * second
+
+
+def query_inside(t: Tensors, records: bool) -> Tensor:
+    sources = [torch.sin(t["root"]), t["branch0"], t["branch1"]]
+    with torch.set_grad_enabled(records):
+        query = 2 * t["query0"]
+    first = attnres([*sources, t["branch2"]], query)
+    return first * attnres([*sources, t["branch2"] + torch.tanh(first)], t["query1"])
+
+
+BLOCKS = {"stream": (stream, 1), "found inside": (found_inside, 1), "query": (query_inside, 0)}
+
+
+@pytest.mark.parametrize(("body", "blocks"), BLOCKS.values(), ids=BLOCKS)
+def test_blocks_share_only_what_has_the_same_gradients(
+    body: Callable[..., Tensor], blocks: int
+) -> None:
+    def graph_of(records: bool) -> fx.Graph:
+        return assert_unchanged_values(lambda t: body(t, records), tensors(4), schedule_and_fuse)
+
+    assert count(graph_of(True), "phase1") == 1
+    assert count(graph_of(False), "phase1") == blocks
+
+
+def test_mixes_that_are_recorded_within_a_call_that_is_not() -> None:
+    def body(t: Tensors) -> Tensor:
+        with torch.no_grad():
+            return recorded(t)
+
+    def recorded(t: Tensors) -> Tensor:
+        with torch.enable_grad():
+            sources = [t["root"], t["branch0"], t["branch1"]]
+            first = attnres([*sources, t["branch2"]], t["query0"])
+            return first * attnres([*sources, t["branch2"] + torch.tanh(first)], t["query1"])
+
+    assert_unchanged_values(body, tensors(3), schedule_and_fuse)
+
+
+def modes_of(body: Callable[[Tensor], Tensor], at_start: bool) -> dict[str, bool]:
+    """Of the operations that a function names: whether gradients are recorded there."""
+    graphs: list[fx.Graph] = []
+
+    def backend(module: fx.GraphModule, _: list[Tensor]) -> fx.GraphModule:
+        graphs.append(module.graph)
+        return module
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(at_start):
+        torch.compile(body, backend=backend, fullgraph=True)(torch.ones(3))
+    modes = gradient_modes(graphs[0].nodes, at_start=at_start)
+    return {str(node.target): mode for node, mode in modes.items() if node.op == "call_method"}
+
+
+def nested(x: Tensor) -> Tensor:
+    x = x.sin()
+    with torch.no_grad():
+        x = x.cos()
+        with torch.enable_grad():
+            return x.tanh()
+
+
+def inferring(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        y = x.sin()
+    return x.cos() * y
+
+
+def for_good(x: Tensor) -> Tensor:
+    x = x.sin()
+    torch.set_grad_enabled(False)
+    return x.cos()
+
+
+def test_modes() -> None:
+    assert modes_of(nested, True) == {"sin": True, "cos": False, "tanh": True}
+    assert modes_of(nested, False) == {"sin": False, "cos": False, "tanh": True}
+    assert modes_of(inferring, True) == {"sin": False, "cos": True}
+    assert modes_of(for_good, True) == {"sin": True, "cos": False}
+    assert torch.is_grad_enabled()
