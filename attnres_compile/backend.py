@@ -36,8 +36,8 @@ def attnres_backend(
 
     Raises:
         MismatchError: a converted model's graph does not hold the sites of its plan.
-        BackendError: unknown kernels or options, kernels that cannot run here, or no C++ compiler
-            where one is needed.
+        BackendError: unknown kernels, options or mode, kernels that cannot run here, or no C++
+            compiler where one is needed.
     """
     patches = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     kernels = patches.pop("kernels", "auto")
@@ -49,13 +49,16 @@ def attnres_backend(
             f"option {unknown[0]!r} is neither 'kernels' nor one of Inductor's; "
             "torch._inductor.list_options() names those."
         )
-    if mode is not None:
-        patches = {**torch._inductor.list_mode_options(mode), **patches}
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise BackendError(f"mode={mode!r} is unknown; use one of {tuple(modes)}.")
+    patches = {**(modes[mode] if mode is not None else {}), **patches}
     rewritten = rewrite_dynamo_graph(module, None)
     if not rewritten and not _has_mixes(module):
         warnings.warn(
             "backend='attnres' was given a graph without Attention Residuals and compiles it as "
-            "Inductor would; attnres_compile.convert(model) adds them.",
+            "Inductor would; attnres_compile.convert(model) adds them. If the model is converted, "
+            "this is what a graph break has set apart from it; fullgraph=True says where.",
             stacklevel=2,
         )
     return compile_rewritten(module, inputs, kernels, patches)

@@ -51,8 +51,9 @@ def fuse_neighbours(graph: fx.Graph) -> None:
 def _can_add(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, bool]) -> bool:
     """Whether the site's partial sum may as well be formed there: nobody needs it earlier."""
     addends: Any = site.kwargs["addends"]
+    sources: Any = site.kwargs["sources"]
     both = summands(addends[0]) if len(addends) == 1 else []
-    if not both or modes[addends[0]] != modes[site] or addends[0] in site.kwargs["sources"]:
+    if not both or modes[addends[0]] != modes[site] or addends[0] in sources:
         return False
     if any(user < site for user in addends[0].users):
         return False

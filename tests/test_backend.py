@@ -185,6 +185,15 @@ def test_unknown_options_are_an_error(name: str) -> None:
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), BackendError)
 
 
+def test_an_unknown_mode_is_an_error() -> None:
+    compiled: Any = torch.compile(one_mix, backend="attnres", mode="fastest")
+    with pytest.raises(Exception, match="mode='fastest' is unknown; use one of") as caught:
+        compiled(torch.randn(3, 8))
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), BackendError)
+    compiled = torch.compile(one_mix, backend="attnres", mode="max-autotune-no-cudagraphs")
+    assert compiled(torch.randn(3, 8)).shape == (3, 8)
+
+
 def test_options_of_inductor_are_its_own() -> None:
     options = {"triton.cudagraphs": False, "max-autotune": False}
     compiled: Any = torch.compile(one_mix, backend="attnres", options=options)
