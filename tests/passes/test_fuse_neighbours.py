@@ -17,6 +17,7 @@ from schedule_helpers import (
     Tensors,
     assert_unchanged_values,
     captured,
+    count,
     network,
     sites,
     tensors,
@@ -205,3 +206,18 @@ def test_an_addition_that_is_two_sources_stays_where_it_is(twice: bool, addends:
 
     graph = assert_unchanged_values(body, tensors(2), schedule_and_fuse)
     assert [len(site.kwargs["addends"]) for site in sites(graph)] == [addends]  # type: ignore[arg-type]
+
+
+def detached(t: Tensors) -> Tensor:
+    """A block whose partial sums are trained on, and none of whose mixes is."""
+    sources = [torch.tanh(t[f"branch{i}"]) for i in range(3)]
+    partial = t["root"] * t["branch3"]
+    first = attnres([*sources, partial], t["query0"]).detach()
+    partial = partial + torch.tanh(first)
+    second = attnres([*sources, partial], t["query1"]).detach()
+    return partial * first + torch.tanh(partial) * second * t["branch0"]
+
+
+def test_a_block_whose_mixes_get_no_gradients() -> None:
+    graph = assert_unchanged_values(detached, tensors(4), schedule_and_fuse)
+    assert count(graph, "phase1") == 1

@@ -220,18 +220,3 @@ def test_a_source_is_scored_when_it_is_as_its_sites_read_it(when: str, phase1: i
 
     graph = assert_unchanged_values(inference, tensors(2), schedule_two_phase)
     assert count(graph, "phase1") == phase1
-
-
-def detached(t: Tensors) -> Tensor:
-    """A block whose partial sums are trained on, and none of whose mixes is."""
-    sources = [torch.tanh(t[f"branch{i}"]) for i in range(3)]
-    partial = t["root"] * t["branch3"]
-    first = attnres([*sources, partial], t["query0"]).detach()
-    partial = partial + torch.tanh(first)
-    second = attnres([*sources, partial], t["query1"]).detach()
-    return partial * first + torch.tanh(partial) * second * t["branch0"]
-
-
-def test_a_block_whose_mixes_get_no_gradients() -> None:
-    graph = assert_unchanged_values(detached, tensors(4), schedule_two_phase)
-    assert count(graph, "phase1") == 1
