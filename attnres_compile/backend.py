@@ -58,7 +58,7 @@ def attnres_backend(
         warnings.warn(
             "backend='attnres' was given a graph without Attention Residuals and compiles it as "
             "Inductor would; attnres_compile.convert(model) adds them. If the model is converted, "
-            "this is what a graph break has set apart from it; fullgraph=True says where.",
+            "a graph break has split this part off; fullgraph=True shows where.",
             stacklevel=2,
         )
     return compile_rewritten(module, inputs, kernels, patches)

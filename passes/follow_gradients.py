@@ -100,7 +100,8 @@ def _carrier_before(view: Dataflow, reads: Reads, addition: Addition) -> list[fx
 
 def _without_gradients(view: Dataflow) -> set[fx.Node]:
     """The nodes that the model runs under ``torch.no_grad``."""
-    return {node for node, on in gradient_modes(view.order, at_start=True).items() if not on}
+    modes = gradient_modes(view.order, at_start=True)
+    return {node for node, mode in modes.items() if not mode.records}
 
 
 def _differentiable(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ one does not); only the fused nodes are removed.
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch import fx
 
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
-from attnres_compile.passes.gradient_modes import gradient_modes
+from attnres_compile.passes.gradient_modes import GradientMode, gradient_modes
 from attnres_compile.passes.graph_editor import Editor, hoist, refresh
 from attnres_compile.passes.graph_values import dtype_of, is_tensor, shape_of
 from attnres_compile.passes.keep_layouts import put_in_place_of
@@ -38,7 +39,7 @@ def fuse_neighbours(graph: fx.Graph) -> None:
     sites = [node for node in graph.nodes if node.target is PHASE2]
     with_addition = [site for site in sites if _can_add(site, view, modes)]
     # By where they are computed: no gradient comes through a site that records none.
-    stand_ins: dict[bool, dict[fx.Node, fx.Node]] = {True: {}, False: {}}
+    stand_ins: defaultdict[GradientMode, dict[fx.Node, fx.Node]] = defaultdict(dict)
     for node in list(graph.nodes):
         if node in with_addition:
             _fuse_addition(node)
@@ -48,7 +49,7 @@ def fuse_neighbours(graph: fx.Graph) -> None:
             _pass_on_gradient(node, stand_ins[modes[node]])
 
 
-def _can_add(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, bool]) -> bool:
+def _can_add(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, GradientMode]) -> bool:
     """Whether the site's partial sum may as well be formed there: nobody needs it earlier."""
     addends: Any = site.kwargs["addends"]
     sources: Any = site.kwargs["sources"]
@@ -107,7 +108,7 @@ class _Norm:
     eps: float
 
 
-def _fuse_norm(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, bool]) -> None:
+def _fuse_norm(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, GradientMode]) -> None:
     mixed = next(u for u in site.users if u.target is operator.getitem and u.args[1] == 1)
     if site.kwargs["dim"] != -1 or view.writes_between(mixed, mixed):
         return

@@ -73,7 +73,7 @@ def hoist(node: fx.Node, before: fx.Node) -> bool:
     not, or the other way round.
     """
     late = _late_inputs(node, before)
-    if late is None or not _same_mode([before, *late]):
+    if late is None or (late and not _same_mode([before, *late])):
         return False
     for each in late:
         before.prepend(each)

@@ -12,8 +12,8 @@ In rows of D elements per token, with n completed sources and S sites, two phase
 ``n + 6S`` forward and ``3n + 7S`` backward, one pass per site ``nS + 4S`` and ``3nS + 5S``. With at
 most two sources, or a single site, the one pass moves less, and is what is emitted: an
 ``attnres::phase2`` that takes the completed sources themselves. ``lower.py`` adds what a CPU needs
-for two phases to pay. Mixes under ``torch.no_grad`` share nothing with those that are not. Two
-phases begin where the graph does; mixes that record gradients get them if it does so there.
+for two phases to pay. Mixes under ``torch.no_grad`` share nothing with those that are not. Queries
+are stacked where the graph begins; if it records no gradients there, mixes that do get one pass.
 
 Contract: values are the same to rounding, whatever the schedule. Every ``attnres::mix`` of which
 only the mix is used becomes an ``attnres::phase2``; nothing else but the additions that complete a
@@ -34,7 +34,7 @@ from attnres_compile.kernels import phases  # noqa: F401  registers attnres::com
 from attnres_compile.kernels.reference import arithmetic_dtype
 from attnres_compile.passes import operations as ops
 from attnres_compile.passes.dataflow import Dataflow
-from attnres_compile.passes.gradient_modes import gradient_modes
+from attnres_compile.passes.gradient_modes import GradientMode, gradient_modes
 from attnres_compile.passes.graph_editor import Editor, hoist
 from attnres_compile.passes.graph_values import dtype_of, shape_of
 from attnres_compile.passes.keep_layouts import put_in_place_of
@@ -137,7 +137,7 @@ def _streams(graph: fx.Graph, admits: Callable[[Mix], bool]) -> list[list[Mix]]:
 
     So it would be in ``x + g(x)`` where g is itself a stream, which starts at x and ends in a mix.
     """
-    streams: dict[tuple[tuple[fx.Node, float, int], bool, int], list[Mix]] = {}
+    streams: dict[tuple[tuple[fx.Node, float, int], GradientMode, int], list[Mix]] = {}
     depths: dict[fx.Node, int] = {}
     modes = _modes(graph)
     for node in graph.nodes:
@@ -166,13 +166,13 @@ def _can_share(graph: fx.Graph, blocks: Sequence[Block], start: fx.Node) -> bool
     """Whether queries can be had at `start`, and sources stay what they were when scored."""
     mixes = [mix for block in blocks for mix in block.mixes]
     modes = _modes(graph)
-    if not torch.is_grad_enabled() and any(modes[mix.node] for mix in mixes):
+    if not torch.is_grad_enabled() and any(modes[mix.node].records for mix in mixes):
         return False
     hoisted = all(_hoist_parameters(mix, start) for mix in mixes)
     return hoisted and _stay_as_completed(Dataflow.of(graph), blocks, modes)
 
 
-def _modes(graph: fx.Graph) -> dict[fx.Node, bool]:
+def _modes(graph: fx.Graph) -> dict[fx.Node, GradientMode]:
     return gradient_modes(graph.nodes, at_start=torch.is_grad_enabled())
 
 
@@ -182,7 +182,7 @@ def _hoist_parameters(mix: Mix, start: fx.Node) -> bool:
 
 
 def _stay_as_completed(
-    view: Dataflow, blocks: Sequence[Block], modes: Mapping[fx.Node, bool]
+    view: Dataflow, blocks: Sequence[Block], modes: Mapping[fx.Node, GradientMode]
 ) -> bool:
     """Whether nobody writes into a source after it was scored, while its sites still read it."""
     sources = dict.fromkeys(source for block in blocks for source in block.completed)
@@ -192,11 +192,11 @@ def _stay_as_completed(
 
 
 def _scored_after(
-    source: fx.Node, blocks: Sequence[Block], modes: Mapping[fx.Node, bool]
+    source: fx.Node, blocks: Sequence[Block], modes: Mapping[fx.Node, GradientMode]
 ) -> fx.Node:
     """Where a source is complete: at its addition, or where a site first reads what it found.
 
-    What is found under ``torch.no_grad`` is scored at the site: its queries are trained.
+    A source made in another gradient mode than its sites is scored at the first of them, in theirs.
     """
     first = next(block.mixes[0].node for block in blocks if source in block.completed)
     return source if summands(source) and modes[source] == modes[first] else first

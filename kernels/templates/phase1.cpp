@@ -63,7 +63,7 @@ extern "C" void phase1_backward(const Element **sources, int64_t count, const Re
                                 int64_t wants, Real *grad_logits, int64_t tokens, int64_t width,
                                 int64_t threads) {
   auto all_arriving = placed(arriving, arrived, arrivals, count);
-  std::vector<Element> zeros(width);
+  std::vector<Element> zeros((1 + AHEAD) * width);
   over_tokens(tokens, threads, [&](int, int64_t begin, int64_t end) {
     // Rows of TOKENS scalars: weights by source wanted and site mixed, slopes by source and site.
     std::vector<Real> shares(wants * mixes * TOKENS), slopes(count * sites * TOKENS);

@@ -179,7 +179,7 @@ extern "C" void phase2_backward(const Element **sources, int64_t count, const Re
               auto grad = share * load<KIND>(total.data() + d) + slope * load<KIND>(query + d)
                           - to_self * load<KIND>(source + d);
               if (adds) grad += load<KIND>(more + d);
-              if (adds && way == 0) __builtin_prefetch(more + d + AHEAD * width);
+              if (adds && d % LINE<Element> == 0) __builtin_prefetch(more + d + AHEAD * width);
               store(out + d, grad);
               if (sums_up) store(to_branch_bias + d, load<KIND>(to_branch_bias + d) + grad);
             });

@@ -3,9 +3,8 @@
 // operands pass by, so that each load serves several multiplications.
 //
 // Rows that come `ahead` elements later are asked for, line by line, as those here are read for the
-// first time. Asked for all at once, by `fetch`, they have the memory wait for the arithmetic, and
-// the arithmetic for the memory; that is for rows that are in the cache, mostly, and loops that
-// would be slower for the question.
+// first time in a call. `fetch` asks for rows as a whole, before the loop: memory and arithmetic take
+// turns then, which complete.cpp accepts because its loops lose more to the extra instructions.
 
 namespace {
 

@@ -101,7 +101,29 @@ def query_inside(t: Tensors, records: bool) -> Tensor:
     return first * attnres([*sources, t["branch2"] + torch.tanh(first)], t["query1"])
 
 
-BLOCKS = {"stream": (stream, 1), "found inside": (found_inside, 1), "query": (query_inside, 0)}
+def query_at_the_start(t: Tensors, records: bool) -> Tensor:
+    with torch.set_grad_enabled(records):
+        query = 2 * t["query0"]
+    sources = [t["root"], t["branch0"], t["branch1"]]
+    first = attnres([*sources, t["branch2"]], query)
+    return first * attnres([*sources, t["branch2"] + torch.tanh(first)], t["query1"])
+
+
+def query_after_a_start(t: Tensors, records: bool) -> Tensor:
+    with torch.set_grad_enabled(records):
+        torch.sin(t["root"])
+    query = 2 * t["query0"]
+    sources = [t["root"], t["branch0"], t["branch1"]]
+    first = attnres([*sources, t["branch2"]], query)
+    return first * attnres([*sources, t["branch2"] + torch.tanh(first)], t["query1"])
+
+
+BLOCKS = {
+    "stream": (stream, 1),
+    "found inside": (found_inside, 1),
+    "query": (query_inside, 0),
+    "query after a start": (query_after_a_start, 1),
+}
 
 
 @pytest.mark.parametrize(("body", "blocks"), BLOCKS.values(), ids=BLOCKS)
@@ -113,6 +135,10 @@ def test_blocks_share_only_what_has_the_same_gradients(
 
     assert count(graph_of(True), "phase1") == 1
     assert count(graph_of(False), "phase1") == blocks
+
+
+def test_a_query_made_without_gradients_where_the_graph_begins() -> None:
+    assert_unchanged_values(lambda t: query_at_the_start(t, False), tensors(3), schedule_and_fuse)
 
 
 def recorded(t: Tensors) -> Tensor:
@@ -139,8 +165,8 @@ def test_mixes_that_are_recorded_within_a_call_that_is_not() -> None:
         assert relative_error(one, other) < 1e-10
 
 
-def modes_of(body: Callable[[Tensor], Tensor], at_start: bool) -> dict[str, bool]:
-    """Of the operations that a function names: whether gradients are recorded there."""
+def modes_of(body: Callable[[Tensor], Tensor], at_start: bool) -> dict[str, tuple[bool, bool]]:
+    """Of the methods that a function calls: whether gradients are recorded, and inference runs."""
     graphs: list[fx.Graph] = []
 
     def backend(module: fx.GraphModule, _: list[Tensor]) -> fx.GraphModule:
@@ -151,7 +177,8 @@ def modes_of(body: Callable[[Tensor], Tensor], at_start: bool) -> dict[str, bool
     with torch.set_grad_enabled(at_start):
         torch.compile(body, backend=backend, fullgraph=True)(torch.ones(3))
     modes = gradient_modes(graphs[0].nodes, at_start=at_start)
-    return {str(node.target): mode for node, mode in modes.items() if node.op == "call_method"}
+    called = [node for node in graphs[0].nodes if node.op == "call_method"]
+    return {str(node.target): (modes[node].records, modes[node].infers) for node in called}
 
 
 def nested(x: Tensor) -> Tensor:
@@ -174,9 +201,19 @@ def for_good(x: Tensor) -> Tensor:
     return x.cos()
 
 
+def not_inferring(x: Tensor) -> Tensor:
+    x = x.sin()
+    with torch.inference_mode(False):
+        return x.cos()
+
+
+ON, OFF, INFERRING = (True, False), (False, False), (False, True)
+
+
 def test_modes() -> None:
-    assert modes_of(nested, True) == {"sin": True, "cos": False, "tanh": True}
-    assert modes_of(nested, False) == {"sin": False, "cos": False, "tanh": True}
-    assert modes_of(inferring, True) == {"sin": False, "cos": True}
-    assert modes_of(for_good, True) == {"sin": True, "cos": False}
+    assert modes_of(nested, True) == {"sin": ON, "cos": OFF, "tanh": ON}
+    assert modes_of(nested, False) == {"sin": OFF, "cos": OFF, "tanh": ON}
+    assert modes_of(inferring, True) == {"sin": INFERRING, "cos": ON}
+    assert modes_of(not_inferring, False) == {"sin": OFF, "cos": ON}
+    assert modes_of(for_good, True) == {"sin": ON, "cos": OFF}
     assert torch.is_grad_enabled()
