@@ -50,9 +50,9 @@ def attnres_backend(
             "torch._inductor.list_options() names those."
         )
     modes = torch._inductor.list_mode_options()
-    if mode is not None and mode not in modes:
+    if (mode or "default") not in modes:
         raise BackendError(f"mode={mode!r} is unknown; use one of {tuple(modes)}.")
-    patches = {**(modes[mode] if mode is not None else {}), **patches}
+    patches = {**modes[mode or "default"], **patches}
     rewritten = rewrite_dynamo_graph(module, None)
     if not rewritten and not _has_mixes(module):
         warnings.warn(

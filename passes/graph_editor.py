@@ -96,7 +96,7 @@ def _late_inputs(node: fx.Node, before: fx.Node) -> list[fx.Node] | None:
 
 
 def _same_mode(nodes: list[fx.Node]) -> bool:
-    """Whether gradients are recorded where all of these compute something, or nowhere there."""
+    """Whether those of these nodes that compute something do so in one gradient mode."""
     modes = gradient_modes(nodes[0].graph.nodes, at_start=torch.is_grad_enabled())
     return len({modes[node] for node in nodes if node.op not in _GIVEN}) < 2
 
