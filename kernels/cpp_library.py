@@ -1,11 +1,11 @@
 """The C++ library for CPUs, compiled on first use, and its functions as operators that write.
 
-The loops over tokens stand in ``templates/complete.cpp``, ``phase1.cpp`` and ``phase2.cpp``, what
-they do with one row in ``rows.h`` and with several in ``products.h``. A function of it is the
-operator ``attnres::cpp_<name>``, with an overload per dtype of the stream. It returns nothing and
-writes to the tensors that its schema marks. So whoever calls it says where results go, and in a
-compiled graph Inductor plans that memory with all the rest. The functions have their arguments in
-the order of the schemas, then the sizes.
+The loops over tokens stand in ``templates/complete.cpp``, ``phase1.cpp``, ``phase2.cpp`` and
+``sum_tokens.cpp``, what they do with one row in ``rows.h`` and with several in ``products.h``. A
+function of it is the operator ``attnres::cpp_<name>``, with an overload per dtype of the stream. It
+returns nothing and writes to the tensors that its schema marks. So whoever calls it says where
+results go, and in a compiled graph Inductor plans that memory with all the rest. The functions have
+their arguments in the order of the schemas, then the sizes.
 
 The way from an operator to its function is generated, too, as C++ upon PyTorch's stable ABI: in
 Python it took 0.2 ms a call inside a model, whose matrices leave nothing of the interpreter in the
@@ -28,7 +28,7 @@ import torch
 from attnres_compile.errors import BackendError
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_KERNELS = ("rows.h", "products.h", "complete.cpp", "phase1.cpp", "phase2.cpp")
+_KERNELS = ("rows.h", "products.h", "complete.cpp", "phase1.cpp", "phase2.cpp", "sum_tokens.cpp")
 _SOURCES = [_TEMPLATES / name for name in (*_KERNELS, "operators.h", "calls.h")]
 # Inductor vectorises by itself and has the compiler not do it; here the compiler shall.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
@@ -68,6 +68,7 @@ _SCHEMAS = {
         " Tensor(b!)? grad_statistics, Tensor(c!)? grad_query, Tensor(d!)? grad_weight,"
         " Tensor(e!)? grad_bias, Tensor(f!)? grad_branch_bias"
     ),
+    "sum_tokens": "Tensor[] sources, Tensor(a!) sum",
 }
 # How an argument is written in C++: what arrives from the dispatcher, what is made of it or of what
 # arrives from Python, and what the function is handed.

@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels.reference import arithmetic_dtype
 from attnres_compile.passes.cpp_calls import arguments_of, phase_of, set_argument
 from attnres_compile.passes.graph_values import value_of
+from attnres_compile.passes.sum_tokens import sums_tokens
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten.reshape.default)
@@ -79,8 +80,9 @@ def _sum_gradient(graph: fx.Graph, node: fx.Node) -> None:
     value = value_of(grad)
     row = value.new_empty(value.shape[-1])
     flat = [grad, *(user for user in grad.users if user.target in _VIEWS)]
-    sums = [user for each in flat for user in each.users if _sums_tokens(user, row)]
-    if not sums or value.dtype != arithmetic_dtype(value.dtype):
+    readers = [user for each in flat for user in each.users if sums_tokens(user)]
+    sums = [user for user in readers if value_of(user).shape[-1:] == row.shape]
+    if not sums:
         return
     with graph.inserting_before(node):
         total = graph.call_function(_aten.new_empty.default, (grad, list(row.shape)))
@@ -101,13 +103,3 @@ def _grad_of_sum(arguments: dict[str, Any]) -> fx.Node | None:
         return cast("fx.Node | None", arguments["grad"])
     last = arguments["wanted"][-1:] == [arguments["count"] - 1]
     return cast("fx.Node", arguments["grads"][-1]) if last else None
-
-
-def _sums_tokens(node: fx.Node, row: Tensor) -> bool:
-    """Whether it adds up the rows of [tokens, width], each like `row`."""
-    if node.target is not _aten.sum.dim_IntList or node.kwargs:
-        return False
-    grads, dims, *_ = cast("tuple[Any, ...]", node.args)
-    value = value_of(grads)
-    rows = value.dim() == 2 and value.shape[-1:] == row.shape and list(dims) == [0]
-    return rows and value_of(node).dtype == value.dtype == row.dtype

@@ -6,7 +6,7 @@ Inductor then plans the memory of its results with all the rest: they go where a
 become free and not to new pages, and a call costs half as much.
 
 Contract: values are the same bit for bit, but for the additions that ``absorb_biases.py`` and
-``absorb_gradients.py`` move.
+``absorb_gradients.py`` move, and sums over tokens (``sum_tokens.py``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.call_directly import call_directly
 from attnres_compile.passes.cpp_calls import arguments_of
+from attnres_compile.passes.graph_values import value_of
 from attnres_compile.passes.realize_rows import realize_rows
+from attnres_compile.passes.sum_tokens import sum_tokens
 from attnres_compile.passes.trim_calls import trim_calls
 from attnres_compile.passes.write_in_place import write_in_place
 
@@ -44,6 +46,7 @@ class InlineCppPhases(CustomGraphPass):
         nodes = [n for n in graph.nodes if n.target in bodies and n.args[-1] == "cpp"]
         if not nodes:
             return
+        dtypes = {value_of(n.all_input_nodes[0]).dtype for n in nodes}
         realize_rows()
         call_directly()
         # A reader of room does not depend on the call that writes to it: their order has to be
@@ -56,13 +59,14 @@ class InlineCppPhases(CustomGraphPass):
                 graph.erase_node(node)
         absorb_gradients(graph)
         absorb_biases(graph)
+        sum_tokens(graph, dtypes)
         write_in_place(graph)
         trim_calls(graph)
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         package = Path(cpp_library.__file__).parent
-        moving = (absorb_biases, absorb_gradients, trim_calls, write_in_place)
+        moving = (absorb_biases, absorb_gradients, sum_tokens, trim_calls, write_in_place)
         writing = (arguments_of, call_directly, realize_rows)
         passes = [inspect.getfile(each) for each in (InlineCppPhases, *moving, *writing)]
         return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
@@ -71,7 +75,8 @@ class InlineCppPhases(CustomGraphPass):
 def _bodies() -> dict[Any, Callable[..., Any]]:
     """What computes each phase in C++, by its operator."""
     assert phases.complete is not None  # has registered the operators
-    bodies = {name: getattr(cpp_phases, name) for name in cpp_library.NAMES} | {"phase1": _phase1}
+    names = [name for name in cpp_library.NAMES if name != "sum_tokens"]
+    bodies = {name: getattr(cpp_phases, name) for name in names} | {"phase1": _phase1}
     return {getattr(torch.ops.attnres, name).default: body for name, body in bodies.items()}
 
 

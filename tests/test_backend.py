@@ -134,7 +134,8 @@ def test_blocks_of_many_sources_run_in_two_phases() -> None:
     expected = of(model)
     found: list[torch.Tensor] = []
     ran = ran_during(lambda: found.extend(of(compile_with(model, "auto"))))
-    assert {f"attnres::cpp_{name}" for name in cpp_library.NAMES} <= ran
+    phases = set(cpp_library.NAMES) - {"sum_tokens"}  # of biases, which this model lacks
+    assert {f"attnres::cpp_{name}" for name in phases} <= ran
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 

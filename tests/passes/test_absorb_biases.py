@@ -83,6 +83,7 @@ def test_sites_add_the_biases_that_they_can(counts: Counts) -> None:
     assert counts["aten.mm.default"] == 12 + 3
     # Six gradients of biases, all of layers whose results a site reads.
     assert "aten.sum.dim_IntList" not in counts
+    assert "attnres.cpp_sum_tokens.float64" not in counts
 
 
 def test_what_completes_a_source_adds_the_bias_too(counts: Counts) -> None:
@@ -92,6 +93,7 @@ def test_what_completes_a_source_adds_the_bias_too(counts: Counts) -> None:
     # The first layers of blocks stand alone.
     assert counts["aten.addmm.default"] == 5
     assert "aten.sum.dim_IntList" not in counts
+    assert "attnres.cpp_sum_tokens.float64" not in counts
 
 
 def test_a_branch_that_is_read_twice_keeps_its_bias(counts: Counts) -> None:
