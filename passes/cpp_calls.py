@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from attnres_compile.kernels.cpp_library import NAMES
+from attnres_compile.kernels.cpp_library import DTYPES, NAMES
 
 
 def phase_of(node: fx.Node) -> str | None:
@@ -18,6 +19,13 @@ def phase_of(node: fx.Node) -> str | None:
         return None
     name = node.target._schema.name.removeprefix("attnres::cpp_")
     return name if name in NAMES else None
+
+
+def dtypes_of(graph: fx.Graph) -> set[torch.dtype]:
+    """Of the streams whose calls stand in a graph: for these the library is there."""
+    calls: list[Any] = [node.target for node in graph.nodes if phase_of(node) is not None]
+    names = {target._overloadname for target in calls}
+    return {dtype for dtype, name in DTYPES.items() if name in names}
 
 
 def arguments_of(call: fx.Node) -> dict[str, Any]:

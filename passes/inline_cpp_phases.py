@@ -30,8 +30,7 @@ from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.call_directly import call_directly
-from attnres_compile.passes.cpp_calls import arguments_of
-from attnres_compile.passes.graph_values import value_of
+from attnres_compile.passes.cpp_calls import arguments_of, dtypes_of
 from attnres_compile.passes.realize_rows import realize_rows
 from attnres_compile.passes.sum_tokens import sum_tokens
 from attnres_compile.passes.trim_calls import trim_calls
@@ -46,7 +45,6 @@ class InlineCppPhases(CustomGraphPass):
         nodes = [n for n in graph.nodes if n.target in bodies and n.args[-1] == "cpp"]
         if not nodes:
             return
-        dtypes = {value_of(n.all_input_nodes[0]).dtype for n in nodes}
         realize_rows()
         call_directly()
         # A reader of room does not depend on the call that writes to it: their order has to be
@@ -59,7 +57,7 @@ class InlineCppPhases(CustomGraphPass):
                 graph.erase_node(node)
         absorb_gradients(graph)
         absorb_biases(graph)
-        sum_tokens(graph, dtypes)
+        sum_tokens(graph, dtypes_of(graph))
         write_in_place(graph)
         trim_calls(graph)
         graph.eliminate_dead_code()

@@ -3,7 +3,7 @@
 The linear layers around a site have biases, and autograd sums the gradients of their results over
 tokens. Inductor's loop does so a vector of columns at a time, from the first token to the last, and
 walks over the whole tensor as often: 0.5 ms for 2048 x 512 numbers that were just written, where
-token by token takes 0.14 ms. In a training step of 24 layers of width 128 that is 0.7 % of it.
+token by token takes 0.14 ms. A training step of 24 layers of width 128 gains 0.7 %.
 
 Contract: values are the same to rounding. Only rows that are in memory anyway, for a product of
 matrices, and of a dtype that the library is built for already; others Inductor sums as it makes
@@ -23,7 +23,6 @@ from attnres_compile.kernels.reference import arithmetic_dtype
 from attnres_compile.passes.graph_values import value_of
 
 _aten = torch.ops.aten
-_TURNED = (_aten.permute.default, _aten.t.default, _aten.transpose.int)
 
 
 def sum_tokens(graph: fx.Graph, dtypes: Collection[torch.dtype]) -> None:
@@ -41,7 +40,7 @@ def sums_tokens(node: fx.Node) -> bool:
     value, total = value_of(rows), value_of(node)
     whole = all(isinstance(size, int) for size in total.shape)
     same = total.dtype == value.dtype == arithmetic_dtype(value.dtype)
-    return whole and same and value.dim() == 2 and list(dims) == [0]
+    return whole and same and value.dim() == 2 and dims == [0]
 
 
 def _is_multiplied(rows: Any) -> bool:
@@ -49,7 +48,7 @@ def _is_multiplied(rows: Any) -> bool:
     value = value_of(rows)
     if value.device.type != "cpu" or not value.is_contiguous():
         return False
-    turned = [user for user in rows.users if user.target in _TURNED]
+    turned = [user for user in rows.users if user.target is _aten.permute.default]
     return any(user.target is _aten.mm.default for each in (rows, *turned) for user in each.users)
 
 

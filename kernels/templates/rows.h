@@ -131,7 +131,7 @@ template <typename A, typename B> INLINE inline void copy_row(A *to, const B *fr
 
 constexpr int64_t TOKENS = 16;    // at most that are worked on together
 constexpr int64_t AHEAD = 2;      // tokens, where rows are asked for before they are read
-constexpr int64_t STRETCH = 512;  // of a row that is added up by itself: sums of sums are more exact
+constexpr int64_t STRETCH = 512;  // that is added up by itself: sums of sums are more exact
 template <typename Row> constexpr int64_t LINE = 64 / sizeof(Row);  // of the cache, in elements
 
 // The rows of tokens, one after the other, and those that are asked for next: all sources are read

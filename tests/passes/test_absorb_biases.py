@@ -128,6 +128,21 @@ def test_either_operand_of_the_addition_may_have_it(counts: Counts) -> None:
     assert counts.get("aten.addmm.default", 0) == 0
 
 
+def test_what_is_summed_over_a_batch_alone_is_no_bias() -> None:
+    position, query = nn.Parameter(torch.randn(5, WIDTH)), torch.randn(WIDTH)
+
+    def model(x: Tensor) -> Tensor:
+        return attnres([x, x + position], query)
+
+    x = torch.randn(3, 5, WIDTH, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="attnres", fullgraph=True)
+    actual, expected = (
+        torch.autograd.grad(run(x).square().sum(), position)[0] for run in (compiled, model)
+    )
+    assert relative_error(actual, expected) < 1e-5
+
+
 def inference_error(model: Callable[[Tensor], Tensor]) -> float:
     torch._dynamo.reset()
     x = torch.randn(6, WIDTH)

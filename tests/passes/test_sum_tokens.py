@@ -63,6 +63,7 @@ def test_a_bias_gradient_is_summed_by_the_library(body: Body) -> None:
         lambda grad, weight: (grad @ weight, (grad * 2).sum([0])),  # rows that nothing else reads
         lambda grad, weight: (grad @ weight, grad.sum([1])),
         lambda grad, weight: (grad @ weight, grad.sum([0, 1])),
+        lambda grad, weight: (grad @ weight, grad.sum(None, True)),
         lambda grad, weight: (grad @ weight, grad.sum([0], dtype=torch.float32)),
         lambda grad, weight: (grad @ weight, grad.T.sum([0])),
         lambda grad, weight: (grad @ weight, grad[None].sum([0])),
@@ -84,6 +85,15 @@ def test_so_is_one_of_columns_in_memory() -> None:
     assert "aten.sum.dim_IntList" in summed(linear_backward, like=turned)
 
 
+@pytest.mark.parametrize(("device", "tracing_mode"), [("meta", "fake"), ("cpu", "symbolic")])
+def test_so_is_one_on_another_device_or_of_an_unknown_width(device: str, tracing_mode: Any) -> None:
+    given = (torch.randn(ROWS, device=device), torch.randn(OTHER, device=device))
+    graph = make_fx(linear_backward, tracing_mode=tracing_mode)(*given).graph
+    sum_tokens(graph, {torch.float32})
+    targets = [node.target for node in graph.nodes]
+    assert targets.count(torch.ops.aten.sum.dim_IntList) == 1
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 4, 7, 257])
 @pytest.mark.parametrize("width", [1, 3, 8, 63, 64, 65, 1000])
@@ -99,6 +109,12 @@ def test_every_row_is_summed_once(threads: int, tokens: int, width: int) -> None
     most = 1e-6 * rows.abs().sum(0).max()
     assert (room[1] - rows.double().sum(0)).abs().max() <= most
     assert room[[0, 2]].isnan().all()
+
+
+def test_many_tokens_are_summed_in_parts() -> None:
+    rows, total = torch.rand(200_001, 5), torch.empty(5)
+    cpp_library.operator("sum_tokens", torch.float32)([rows], total)
+    assert relative_error(total, rows.double().sum(0)) < 1e-6
 
 
 class Network(nn.Module):
@@ -142,3 +158,26 @@ def test_in_a_compiled_model(
             assert relative_error(actual, expected) < limit
     graphs = 1 if dynamic else 2  # the second length makes sizes dynamic
     assert sum(each.startswith("attnres.cpp_sum_tokens") for each in found) == calls * graphs
+
+
+def test_the_dtype_is_that_of_the_library_and_not_of_a_wide_norm() -> None:
+    """A stream of bfloat16, whose norm and head are of float32."""
+    head, norm = nn.Linear(8, 24), nn.Parameter(torch.ones(8))
+    query = torch.randn(8, dtype=torch.bfloat16)
+
+    def model(x: Tensor) -> Tensor:
+        mixed = attnres([x, x.tanh()], query).float()
+        wide: Tensor = head(
+            mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + 1e-6) * norm
+        )
+        return wide.sin()
+
+    x = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        cpp_library._library.cache_clear()
+        compiled = torch.compile(model, backend="attnres", fullgraph=True)
+        actual = torch.autograd.grad(compiled(x).square().sum(), head.bias)[0]
+    assert cpp_library._library.cache_info().currsize == 1
+    expected = torch.autograd.grad(model(x).square().sum(), head.bias)[0]
+    assert relative_error(actual, expected) < 3e-2
