@@ -85,6 +85,11 @@ class Dataflow:
         first = bisect_right(writers, self.order[start], key=self.order.__getitem__)
         return writers[first : bisect_left(writers, last, key=self.order.__getitem__)]
 
+    def is_written(self, node: fx.Node, first: fx.Node, end: fx.Node) -> bool:
+        """Whether `first`, or a node from there to `end`, writes into the memory of `node`."""
+        writers = self.writers.get(self.memory.get(node, node), [])
+        return any(self.order[first] <= self.order[each] < self.order[end] for each in writers)
+
     def dependency_masks(
         self, roots: Iterable[fx.Node], mixes: Callable[[fx.Node], bool] = ops.mixes_elements
     ) -> tuple[dict[fx.Node, int], dict[fx.Node, int], dict[fx.Node, int]]:
@@ -115,8 +120,7 @@ class Dataflow:
             for writer in self.writers.get(self.memory.get(source, source), ())[-1:]:
                 self.flow.add_edge(writer, node)
         self.memory[node] = self._memory_of(node, sources)
-        written = ops.writes_into(node)
-        if written is not None:
+        for written in ops.overwritten(node):
             self.writers.setdefault(self.memory.get(written, written), []).append(node)
 
     def _memory_of(self, node: fx.Node, sources: list[fx.Node]) -> fx.Node:

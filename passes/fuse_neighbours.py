@@ -115,7 +115,8 @@ def _fuse_norm(site: fx.Node, view: Dataflow, modes: Mapping[fx.Node, GradientMo
     norm = _norm_of(mixed)
     if norm is None or any(modes[node] != modes[site] for node in (norm.node, *norm.inner)):
         return
-    if not all(hoist(p, site) for p in (norm.weight, norm.bias) if p is not None):
+    parameters = (p for p in (norm.weight, norm.bias) if p is not None)
+    if not all(hoist(p, site, norm.node, view) for p in parameters):
         return
     consumed = {norm.node, *norm.inner}
     site.update_kwarg("norm", norm.kind)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from attnres_compile.passes import operations as ops
+from attnres_compile.passes.dataflow import Dataflow
 from attnres_compile.passes.gradient_modes import gradient_modes
 from attnres_compile.passes.graph_values import MODULE_CALLS, dtype_of, value_of
 from attnres_compile.passes.inline_checkpoints import REGION
@@ -65,15 +66,24 @@ def evaluate(node: fx.Node) -> Any:
         return node.target(*args, **kwargs)
 
 
-def hoist(node: fx.Node, before: fx.Node) -> bool:
-    """Moves what a node is computed from, and itself, before another; False where that cannot be.
+def hoist(node: fx.Node, before: fx.Node, reader: fx.Node, view: Dataflow) -> bool:
+    """Lets a node be read before another one instead of at its reader; False where it cannot be.
 
-    Only nodes that compute something from parameters, buffers and inputs alone move: views, casts
-    and arithmetic on them, no write; and none to where gradients are recorded from where they are
-    not, or the other way round.
+    What it is computed from moves with it, if that is parameters, buffers and inputs alone: views,
+    casts and arithmetic on them, no write; and none to where gradients are recorded from where they
+    are not, or the other way round. Nor may anything be written into what is then read earlier.
+
+    Args:
+        node: a parameter, or what is computed from some.
+        before: where it is to be read.
+        reader: where it is read so far, after `before`.
+        view: of their graph, as it was before any hoist.
     """
     late = _late_inputs(node, before)
     if late is None or (late and not _same_mode([before, *late])):
+        return False
+    read = {node, *(argument for each in late for argument in each.all_input_nodes)}
+    if any(view.is_written(each, before, reader) for each in read):
         return False
     for each in late:
         before.prepend(each)
@@ -104,15 +114,6 @@ def _same_mode(nodes: list[fx.Node]) -> bool:
 def _may_move(node: fx.Node) -> bool:
     if node.op in _GIVEN:
         return True
-    written = any(
-        ops.writes_into(user) is argument
-        for argument in node.all_input_nodes
-        for user in argument.users
-    )
-    return (
-        node.op in ("call_function", "call_method")
-        and ops.is_elementwise(node)
-        and not (
-            written or ops.operation(node) in ops.DROPOUTS or ops.operation(node) in ops.FACTORIES
-        )
-    )
+    if node.op not in ("call_function", "call_method") or ops.writes_into(node) is not None:
+        return False
+    return ops.is_elementwise(node) and ops.operation(node) not in (ops.DROPOUTS | ops.FACTORIES)

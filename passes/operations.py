@@ -87,7 +87,7 @@ _ALIASING = (
     | PERMUTATIONS
     | SLICES
     | (CASTS - {"_to_copy"})
-    | {"contiguous", "alias", "identity", "detach", "diagonal", "unfold"}
+    | {"contiguous", "alias", "identity", "detach", "diagonal", "unfold", "as_strided"}
 )
 _POINTWISE_EXTRA = (
     CASTS
@@ -224,6 +224,17 @@ def writes_into(node: fx.Node) -> fx.Node | None:
     if not arguments or not _is_inplace(node):
         return None
     return arguments[0]
+
+
+def overwritten(node: fx.Node) -> list[fx.Node]:
+    """All tensors that a node overwrites: those of a list, as ``torch._foreach_mul_`` takes it."""
+    written = writes_into(node)
+    if written is None:
+        return []
+    listed = node.args[0] if node.args else None
+    if isinstance(listed, (list, tuple)) and written in listed:
+        return [each for each in listed if is_tensor(each)]
+    return [written]
 
 
 def aliases_argument(node: fx.Node) -> bool:

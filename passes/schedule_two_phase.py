@@ -13,7 +13,7 @@ In rows of D elements per token, with n completed sources and S sites, two phase
 most two sources, or a single site, the one pass moves less, and is what is emitted: an
 ``attnres::phase2`` that takes the completed sources themselves. ``lower.py`` adds what a CPU needs
 for two phases to pay. Mixes under ``torch.no_grad`` share nothing with those that are not. Queries
-are stacked where the graph begins; if it records no gradients there, mixes that do get one pass.
+are stacked where the first source is scored; if one cannot be had there, all get one pass.
 
 Contract: values are the same to rounding, whatever the schedule. Every ``attnres::mix`` of which
 only the mix is used becomes an ``attnres::phase2``; nothing else but the additions that complete a
@@ -100,11 +100,10 @@ def schedule_two_phase(
         blocks = find_blocks([_read(mix.node) for mix in stream])
         apart = [block for block in blocks if not in_two_phases(block)]
         together = [block for block in blocks if in_two_phases(block)]
-        start = _first_computation(graph)
-        if not _can_share(graph, together, start):
+        if together and not _can_share(graph, together):
             apart, together = blocks, []
         # It writes the queries first: the node they stand before may be a mix that goes away.
-        writer = _TwoPhaseWriter(graph, together, start) if together else None
+        writer = _TwoPhaseWriter(graph, together) if together else None
         for block in apart:
             for mix in block.mixes:
                 _write_one_pass(graph, mix)
@@ -157,28 +156,22 @@ def _read(node: fx.Node) -> Mix:
     return Mix(node, tuple(sources), query, gain, eps, sums, dim % rank - rank)  # type: ignore[arg-type,operator]
 
 
-def _first_computation(graph: fx.Graph) -> fx.Node:
-    first: fx.Node = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
-    return first
-
-
-def _can_share(graph: fx.Graph, blocks: Sequence[Block], start: fx.Node) -> bool:
-    """Whether queries can be had at `start`, and sources stay what they were when scored."""
-    mixes = [mix for block in blocks for mix in block.mixes]
-    modes = _modes(graph)
-    if not torch.is_grad_enabled() and any(modes[mix.node].records for mix in mixes):
+def _can_share(graph: fx.Graph, blocks: Sequence[Block]) -> bool:
+    """Whether all queries can be had at the first scoring, and sources stay as they were scored."""
+    view, modes = Dataflow.of(graph), _modes(graph)
+    if not _stay_as_completed(view, blocks, modes):
         return False
-    hoisted = all(_hoist_parameters(mix, start) for mix in mixes)
-    return hoisted and _stay_as_completed(Dataflow.of(graph), blocks, modes)
+    first = _first_scoring(blocks, modes)
+    return all(_hoist_parameters(mix, first, view) for block in blocks for mix in block.mixes)
 
 
 def _modes(graph: fx.Graph) -> dict[fx.Node, GradientMode]:
     return gradient_modes(graph.nodes, at_start=torch.is_grad_enabled())
 
 
-def _hoist_parameters(mix: Mix, start: fx.Node) -> bool:
-    """Brings query and gain to the graph's beginning, where the first source is scored."""
-    return all(hoist(p, start) for p in (mix.query, mix.gain) if p is not None)
+def _hoist_parameters(mix: Mix, before: fx.Node, view: Dataflow) -> bool:
+    parameters = (p for p in (mix.query, mix.gain) if p is not None)
+    return all(hoist(p, before, mix.node, view) for p in parameters)
 
 
 def _stay_as_completed(
@@ -200,6 +193,12 @@ def _scored_after(
     """
     first = next(block.mixes[0].node for block in blocks if source in block.completed)
     return source if summands(source) and modes[source] == modes[first] else first
+
+
+def _first_scoring(blocks: Sequence[Block], modes: Mapping[fx.Node, GradientMode]) -> fx.Node:
+    """Where the queries of all sites have to be there."""
+    sources = dict.fromkeys(source for block in blocks for source in block.completed)
+    return min(_scored_after(source, blocks, modes) for source in sources)
 
 
 def _effective_query(edit: Editor, mix: Mix) -> fx.Node:
@@ -260,13 +259,13 @@ class _TwoPhaseWriter:
     Their sites are numbered in order; row k of `_queries` is the effective query of site k.
     """
 
-    def __init__(self, graph: fx.Graph, blocks: list[Block], start: fx.Node) -> None:
+    def __init__(self, graph: fx.Graph, blocks: list[Block]) -> None:
         self._graph = graph
         self._blocks = blocks
         self._modes = _modes(graph)
         self._starts = list(accumulate((len(block.mixes) for block in blocks), initial=0))
         mixes = [mix for block in blocks for mix in block.mixes]
-        with graph.inserting_before(start):
+        with graph.inserting_before(_first_scoring(blocks, self._modes)):
             edit = Editor(graph, mixes[0].node)
             self._rows = [_effective_query(edit, mix) for mix in mixes]
             self._queries = edit.call(aten.stack.default, self._rows)

@@ -101,6 +101,14 @@ def query_inside(t: Tensors, records: bool) -> Tensor:
     return first * attnres([*sources, t["branch2"] + torch.tanh(first)], t["query1"])
 
 
+def query_between(t: Tensors, records: bool) -> Tensor:
+    sources = [torch.sin(t["root"]), t["branch0"], t["branch1"]]
+    first = attnres([*sources, t["branch2"]], t["query0"])
+    with torch.set_grad_enabled(records):
+        query = 2 * t["query1"]
+    return first * attnres([*sources, t["branch2"] + torch.tanh(first)], query)
+
+
 def query_at_the_start(t: Tensors, records: bool) -> Tensor:
     with torch.set_grad_enabled(records):
         query = 2 * t["query0"]
@@ -121,7 +129,8 @@ def query_after_a_start(t: Tensors, records: bool) -> Tensor:
 BLOCKS = {
     "stream": (stream, 1),
     "found inside": (found_inside, 1),
-    "query": (query_inside, 0),
+    "query": (query_inside, 1),
+    "query between": (query_between, 0),
     "query after a start": (query_after_a_start, 1),
 }
 

@@ -95,6 +95,15 @@ def test_queries_that_are_computed_late_are_brought_forward() -> None:
     assert count(graph, "phase1") == 1
 
 
+def test_queries_that_are_computed_before_anything_else() -> None:
+    def body(t: Tensors) -> Tensor:
+        queries = torch.stack([t[f"query{i}"] for i in range(7)]).unbind()
+        return network(t | {f"query{i}": query for i, query in enumerate(queries)}, (2, 2, 2))
+
+    graph = assert_unchanged_values(body, tensors(6), schedule_two_phase)
+    assert count(graph, "phase1") == 1
+
+
 def test_a_query_that_depends_on_the_data_keeps_its_block_in_one_pass() -> None:
     def body(t: Tensors) -> Tensor:
         sources = [t["root"], t["branch0"], t["branch1"]]
