@@ -81,14 +81,14 @@ def compile_rewritten(
 
     from attnres_compile.passes.inline_cpp_phases import InlineCppPhases
 
+    lower(module.graph, kernels)
+    module.graph.lint()
+    module.recompile()
+    recompute_tags(module.graph)
+    with torch._inductor.config.patch(patches or {}):
+        passes = get_custom_graph_passes(torch._inductor.config.post_grad_custom_post_pass)
+    patches = {**(patches or {}), "post_grad_custom_post_pass": [*passes, InlineCppPhases()]}
     try:
-        lower(module.graph, kernels)
-        module.graph.lint()
-        module.recompile()
-        recompute_tags(module.graph)
-        with torch._inductor.config.patch(patches or {}):
-            passes = get_custom_graph_passes(torch._inductor.config.post_grad_custom_post_pass)
-        patches = {**(patches or {}), "post_grad_custom_post_pass": [*passes, InlineCppPhases()]}
         compiled: Any = compile_fx(module, inputs, config_patches=patches)
     except (InductorError, InvalidCxxCompiler) as error:
         cause = error.inner_exception if isinstance(error, InductorError) else error

@@ -96,8 +96,21 @@ def prepare(dtype: torch.dtype) -> None:
     """Compiles the library for streams of `dtype`, so that a missing compiler shows at once.
 
     Loading it registers its operators, with whoever calls them: compiled code of this process.
+
+    Raises:
+        BackendError: there is no compiler, it failed, or what it made cannot be loaded.
     """
-    _library(dtype)
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        _library(dtype)
+    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+        cause = (str(error).strip().splitlines() or ["no C++ compiler"])[-1]
+        raise BackendError(
+            "the C++ library for mixes on the CPU could not be built and loaded "
+            f"({type(error).__name__}: {cause}); install g++ or clang, and let "
+            "TORCHINDUCTOR_CACHE_DIR be a folder that programs may run from."
+        ) from error
 
 
 @cache
@@ -158,19 +171,13 @@ def _keep_pages() -> None:
 @cache
 def is_available(dtype: torch.dtype) -> bool:
     """Whether there is a library for streams of `dtype`; where it cannot be, that is told once."""
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
     if dtype not in DTYPES:
         return False
     try:
         prepare(dtype)
-    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
-        cause = (str(error).strip().splitlines() or ["no C++ compiler"])[-1]
+    except BackendError as error:
         warnings.warn(
-            "mixes on the CPU run in plain PyTorch, which takes several times as long, since their "
-            f"C++ library could not be built and loaded ({type(error).__name__}: {cause}); install "
-            "g++ or clang, and let TORCHINDUCTOR_CACHE_DIR be a folder that programs may run from.",
-            stacklevel=2,
+            f"mixes run in plain PyTorch, which takes several times as long: {error}", stacklevel=2
         )
         return False
     return True

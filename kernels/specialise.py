@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 
+from attnres_compile.errors import BackendError
 from attnres_compile.kernels.codegen import Kind, Parameter, Specialisation
 from attnres_compile.kernels.reference import arithmetic_dtype
 
 # Sites that one pass over the sources serves, and logits that one pass over a source yields. The
 # launcher makes several passes for more.
 MAX_SITES = {"phase1_forward": 12, "phase1_backward": 16, "complete": 64}
+# Numbers that a program of sum_partials sums.
+SUM_TILE = 256
 # Tiles of rows that stay in registers through the backward pass of phase 2: the members of the
 # mix, its gradient and the sums over tokens. With more, the members are read a second time.
 MAX_HELD = 20
 _CHANNELS_PER_WARP = 256
-_NORM_ROWS = {"none": 0, "rms": 1, "layer": 2}
+# Rows of statistics that a norm keeps for its backward pass.
+NORM_ROWS = {"none": 0, "rms": 1, "layer": 2}
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -34,6 +38,11 @@ class _Signature:
     """Collects the parameters of a kernel in order."""
 
     def __init__(self, stream: torch.dtype, *, images: bool) -> None:
+        if stream not in _POINTERS:
+            raise BackendError(
+                f"there are no Triton kernels for sources of {stream}; use float32, bfloat16, "
+                "float16 or float64, or kernels='reference'."
+            )
         self.stream, self.images = stream, images
         self.fp = arithmetic_dtype(stream)
         self.parameters: list[Parameter] = []
@@ -224,7 +233,7 @@ def phase2_forward(
     tile = whole_row_tile(width, 4)
     constants = {"before": before, "sources": sources, "addends": addends, "norm": norm}
     constants |= {"weight": weight is not None, "bias": bias is not None, "eps": eps}
-    constants |= {"norm_eps": norm_eps, "norm_rows": _NORM_ROWS[norm], "wants_mix": wants_mix}
+    constants |= {"norm_eps": norm_eps, "norm_rows": NORM_ROWS[norm], "wants_mix": wants_mix}
     constants |= {"normed_type": spell(normed), "width": width, "tile": tile}
     constants |= {"tiles": -(-width // tile)}
     return signature.finish("phase2_forward", constants, "tokens", "run", **_shape(tile))
@@ -281,7 +290,7 @@ def phase2_backward(
     constants |= {"wants_before": wants_before, "wanted": tuple(wanted), "vectors": tuple(vectors)}
     rows = values + before + 1 + len(vectors)
     held = rows * -(-width // tile) <= MAX_HELD
-    constants |= {"hold": held, "norm_rows": _NORM_ROWS[norm]}
+    constants |= {"hold": held, "norm_rows": NORM_ROWS[norm]}
     constants |= {"width": width, "tile": tile, "tiles": -(-width // tile)}
     registers = 128 if rows - len(vectors) == 2 and width <= 4096 else 0  # a single member
     return signature.finish(
@@ -293,7 +302,7 @@ def sum_partials(*, dtype: torch.dtype) -> Specialisation:
     """``templates/sum_partials.py.jinja``."""
     signature = _Signature(dtype, images=False)
     signature.add("vector", "partials", "result")
-    return signature.finish("sum_partials", {"tile": 256}, "programs", "size", warps=2)
+    return signature.finish("sum_partials", {"tile": SUM_TILE}, "programs", "size", warps=2)
 
 
 def sources_with_slopes(sources: int, dtype: torch.dtype) -> int:

@@ -234,7 +234,7 @@ def phase2(
         eps=eps,
         norm_eps=norm_eps,
     )
-    rows = 2 * (len(sources) + bool(addends)) + {"none": 0, "rms": 1, "layer": 2}[norm]
+    rows = 2 * (len(sources) + bool(addends)) + specialise.NORM_ROWS[norm]
     partial = layout.source() if len(addends) == 2 else launch.allocate(like, 0)
     mixed = layout.source() if wants_mix else launch.allocate(like, 0)
     normed = (
@@ -357,5 +357,9 @@ def _sum_over_programs(partials: Tensor) -> Tensor:
     size = result.numel()
     kernel = specialise.sum_partials(dtype=partials.dtype)
     arguments: dict[str, Argument] = {"partials": partials, "result": result}
-    launch.launch(kernel, (-(-size // 256),), {**arguments, "programs": programs, "size": size})
+    launch.launch(
+        kernel,
+        (-(-size // specialise.SUM_TILE),),
+        {**arguments, "programs": programs, "size": size},
+    )
     return result

@@ -11,7 +11,6 @@ Contract: values are the same bit for bit, but for the additions that ``absorb_b
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.call_directly import call_directly
-from attnres_compile.passes.cpp_calls import arguments_of, dtypes_of
+from attnres_compile.passes.cpp_calls import dtypes_of
 from attnres_compile.passes.realize_rows import realize_rows
 from attnres_compile.passes.sum_tokens import sum_tokens
 from attnres_compile.passes.trim_calls import trim_calls
@@ -63,11 +62,8 @@ class InlineCppPhases(CustomGraphPass):
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        package = Path(cpp_library.__file__).parent
-        moving = (absorb_biases, absorb_gradients, sum_tokens, trim_calls, write_in_place)
-        writing = (arguments_of, call_directly, realize_rows)
-        passes = [inspect.getfile(each) for each in (InlineCppPhases, *moving, *writing)]
-        return get_hash_for_files((*passes, *sorted(map(str, package.glob("*.py")))))
+        folders = Path(__file__).parent, Path(cpp_library.__file__).parent
+        return get_hash_for_files(tuple(sorted(str(f) for d in folders for f in d.glob("*.py"))))
 
 
 def _bodies() -> dict[Any, Callable[..., Any]]:

@@ -21,6 +21,7 @@ from attnres_compile.errors import (
     InputError,
     NothingToConvertError,
 )
+from attnres_compile.kernels import cpp_library
 
 
 class Block(nn.Module):
@@ -262,6 +263,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_found(*_args: object) -> str:
         raise exc.InvalidCxxCompiler
 
+    cpp_library.prepare(torch.float32)  # that it cannot be built is another error
     converted = attnres_compile.convert(Stack(), (X,), executor="attnres")
     monkeypatch.setattr(builder, "get_cpp_compiler", none_found)
     with config.patch(force_disable_caches=True):  # or a kernel compiled before would do

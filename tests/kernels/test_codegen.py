@@ -6,6 +6,7 @@ import hashlib
 import pytest
 import torch
 
+from attnres_compile.errors import BackendError
 from attnres_compile.kernels import aot, specialise
 from attnres_compile.kernels.codegen import Specialisation, render
 
@@ -59,3 +60,24 @@ def test_no_tile_lies_beyond_the_row(width: int) -> None:
     for tile in (specialise.streaming_tile(width), specialise.whole_row_tile(width, 4)):
         assert tile & (tile - 1) == 0
         assert (-(-width // tile) - 1) * tile < width
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_offsets_are_counted_in_64_bits(images: bool) -> None:
+    kernel = specialise.phase1_forward(
+        sources=3,
+        sites=2,
+        first_site=0,
+        group=2,
+        width=96,
+        dtype=torch.bfloat16,
+        images=images,
+    )
+    lines = [line.strip() for line in render(kernel).splitlines()]
+    assert "tokens = tokens.to(tl.int64)" in lines
+    assert ("inner = inner.to(tl.int64)" in lines) == images
+
+
+def test_sources_of_other_dtypes_are_refused() -> None:
+    with pytest.raises(BackendError, match="no Triton kernels for sources of"):
+        specialise.phase1_weights(sources=3, sites=2, dtype=torch.float8_e4m3fn)

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attnres_compile.functional
-from attnres_compile.errors import InputError
+from attnres_compile.errors import BackendError, InputError
 from attnres_compile.functional import attnres
 from attnres_compile.kernels import cpp_library, cpp_phases, ops, plain_mix, reference
 from mix_cases import assert_case_matches, make_case
@@ -160,23 +160,48 @@ def test_rows_on_a_cpu_are_mixed_by_the_library() -> None:
     assert not library_calls(ops.mix, (2, 3, 48), dtype=torch.float16)
 
 
-@pytest.mark.parametrize("error", [InvalidCxxCompiler, OSError("failed to map segment")], ids=str)
+NO_LIBRARY = [
+    InvalidCxxCompiler(),
+    CppCompileError(["g++"], "error: unrecognised flag"),
+    OSError("failed to map segment"),
+]
+
+
+@pytest.mark.parametrize("error", NO_LIBRARY, ids=lambda error: type(error).__name__)
 def test_without_a_library_it_is_told_and_plain_pytorch_mixes(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_compiler(dtype: torch.dtype) -> None:
         raise error
 
-    monkeypatch.setattr(cpp_library, "prepare", no_compiler)
+    monkeypatch.setattr(cpp_library, "_library", no_compiler)
     cpp_library.is_available.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"C\+\+ library could not be built and loaded"):
+        with pytest.warns(
+            UserWarning, match="library for mixes on the CPU could not be built and loaded"
+        ):
             assert not library_calls(ops.mix, (2, 3, 48))
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # it is told once
             assert_case_matches(make_case(3, (2, 3, 48)), ops.mix)
     finally:
         cpp_library.is_available.cache_clear()
+
+
+@pytest.mark.parametrize("error", NO_LIBRARY, ids=lambda error: type(error).__name__)
+def test_without_a_library_nothing_is_compiled(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(dtype: torch.dtype) -> None:
+        raise error
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(cpp_library, "_library", no_compiler)
+    compiled = torch.compile(ops.mix, backend="attnres")
+    x, query = torch.randn(2, 3, 48), torch.zeros(48)
+    with pytest.raises(Exception, match=type(error).__name__) as caught:
+        compiled([x, 2 * x], query, None, eps=1e-6, aggregate="sum")
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), BackendError)
 
 
 class BackwardCalls(TorchDispatchMode):
