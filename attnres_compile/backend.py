@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from attnres_compile.errors import BackendError
+from attnres_compile.kernels import cache as source_cache
 from attnres_compile.passes.lower import Kernels, lower
 from attnres_compile.passes.outline_checkpoints import recompute_tags
 from attnres_compile.rewriting import rewrite_dynamo_graph
@@ -29,9 +30,11 @@ def attnres_backend(
     Args:
         module: torch-level graph from Dynamo; taken over.
         inputs: its example inputs.
-        options: ``{"kernels": "auto" | "triton" | "reference"}`` and Inductor's own options.
-            "auto" is generated Triton kernels on a GPU and a C++ library on a CPU; "triton" on a
-            CPU needs TRITON_INTERPRET=1; "reference" runs the mixes in plain PyTorch.
+        options: ``{"kernels": "auto" | "triton" | "reference", "print_kernels": bool}`` and
+            Inductor's own options. "auto" is generated Triton kernels on a GPU and a C++ library
+            on a CPU; "triton" on a CPU needs TRITON_INTERPRET=1; "reference" runs the mixes in
+            plain PyTorch. With "print_kernels" this process prints to stderr the file of each
+            Triton kernel that it generates, at the kernel's first launch.
         mode: as torch.compile takes it.
 
     Raises:
@@ -43,11 +46,14 @@ def attnres_backend(
     kernels = patches.pop("kernels", "auto")
     if kernels not in get_args(Kernels):
         raise BackendError(f"kernels={kernels!r} is unknown; use one of {get_args(Kernels)}.")
+    print_kernels = patches.pop("print_kernels", False)
+    if not isinstance(print_kernels, bool):
+        raise BackendError(f"print_kernels={print_kernels!r} is no bool; use True or False.")
     unknown = sorted(patches.keys() - torch._inductor.config.get_config_copy().keys())
     if unknown:
         raise BackendError(
-            f"option {unknown[0]!r} is neither 'kernels' nor one of Inductor's; "
-            "torch._inductor.list_options() names those."
+            f"option {unknown[0]!r} is neither 'kernels' nor 'print_kernels' nor one of "
+            "Inductor's; torch._inductor.list_options() names those."
         )
     modes = torch._inductor.list_mode_options()
     if (mode or "default") not in modes:
@@ -61,6 +67,8 @@ def attnres_backend(
             "a graph break has split this part off; fullgraph=True shows where.",
             stacklevel=2,
         )
+    if print_kernels:
+        source_cache.print_kernels()
     return compile_rewritten(module, inputs, kernels, patches)
 
 

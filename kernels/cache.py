@@ -21,11 +21,25 @@ from types import ModuleType
 logger = logging.getLogger("attnres_compile")
 
 _used: dict[Path, None] = {}
+_printing = False
 
 
 def kernel_paths() -> list[Path]:
     """The generated sources that this process has used so far, in the order of their first use."""
     return list(_used)
+
+
+def print_kernels() -> None:
+    """Has this process name its generated sources on stderr, each of them once.
+
+    Those that it has used so far it names now, others at their first use: a kernel is generated at
+    its first launch, which for a backward pass is long after the graph was compiled.
+    """
+    global _printing
+    if not _printing:
+        _printing = True
+        for path in kernel_paths():
+            _print(path)
 
 
 def load(name: str, text: str) -> ModuleType:
@@ -34,6 +48,8 @@ def load(name: str, text: str) -> ModuleType:
     if path not in _used:
         _used[path] = None
         logger.debug("generated kernel %s: %s", name, path)
+        if _printing:
+            _print(path)
     module = ModuleType(f"attnres_compile_generated.{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where inspect looks for the source of its functions
@@ -64,6 +80,10 @@ def directory() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "attnres_compile"
+
+
+def _print(path: Path) -> None:
+    print(f"generated kernel: {path}", file=sys.stderr)
 
 
 def _store_in(folder: Path, file: str, text: str) -> Path:

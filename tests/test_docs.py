@@ -56,3 +56,23 @@ def test_there_are_three_pages_that_lead_to_each_other() -> None:
     assert len(PAGES) == 3
     for page, following in zip(PAGES, [*PAGES[1:], PAGES[0]], strict=True):
         assert f"]({following.name})" in page.read_text()
+
+
+def test_figures_are_those_of_the_kept_files() -> None:
+    page = (ROOT / "docs" / "3-how-it-works.md").read_text()
+    cpu, bytes_moved, aot = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("cpu", "bytes", "aot")
+    )
+    assert f"medians of {cpu['pairs']} pairs" in page
+    for shape in cpu["shapes"].values():
+        for mode in ("inference", "training"):
+            keys = (f"{mode}_ratio", f"eager_{mode}_ratio", f"naive_{mode}_ratio")
+            row = " | ".join([mode, *(f"{shape[key]:.3f}" for key in keys)])
+            assert f"| {row} |" in page
+    low, _, high = cpu["shapes"]["b"]["training_quartiles"]
+    assert re.search(rf"between\s+{low:.3f} and {high:.3f}", page)
+    assert (bytes_moved["sublayers"], bytes_moved["completed"]) == (6, 8)
+    forward, backward = (round(bytes_moved[f"{way}_rows"]) for way in ("forward", "backward"))
+    assert f"moves {forward} rows forward and {backward} backward" in page
+    assert (aot["width"], aot["spills"]) == (4096, 0)
