@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import test_phases
 import torch
@@ -23,7 +23,8 @@ from tolerances import relative_error
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3}
 
-# Every number of sources to 33 or one beyond a limit, of sites, widths and tokens: in pairs.
+# A sample that runs in CI: numbers of sources and of sites around the limits, all widths and
+# tokens, and what else a case can have. Not every pair of sizes: test_pairwise_sizes.py has those.
 # Few tokens or few sites where the other is large, since the interpreter is slow.
 SIZES = {
     "one-source": PhaseCase(1, (3,), (5, 96)),
@@ -51,23 +52,38 @@ def poison(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
     return result.fill_(float("nan"))
 
 
-def check_sizes(name: str, dtype: torch.dtype) -> dict[str, float]:
-    """The relative errors of all outputs and gradients above the tolerance of ``dtype``.
+@dataclass
+class Errors:
+    """Relative errors of a case's outputs and gradients."""
 
-    Or above twice what the specification loses in that dtype: of a few tokens, the terms of a
-    query's gradient can cancel to a hundredth of their size.
+    worst: float = 0.0
+    excused: dict[str, float] = field(default_factory=dict)  # no larger than the specification's
+    too_large: dict[str, float] = field(default_factory=dict)
+
+
+def compare(case: PhaseCase, dtype: torch.dtype) -> Errors:
+    """All outputs and gradients against the specification in float64.
+
+    Too large is what is above the tolerance of ``dtype`` and above twice what the specification
+    loses in that dtype: of a few tokens, the terms of a query's gradient can cancel to a hundredth
+    of their size.
     """
-    case = SIZES[name]
     expected = case.expected(dtype)
     found = case.run(by_phases("triton"), dtype)
     assert found.keys() == expected.keys()
     own = case.run(by_specification, dtype)
-    too_large = {}
+    errors = Errors()
     for key, value in expected.items():
         error = relative_error(found[key], value)
-        if not error <= max(TOLERANCE[dtype], 2 * relative_error(own[key], value)):
-            too_large[key] = error
-    return too_large
+        errors.worst = max(errors.worst, error)
+        if not error <= TOLERANCE[dtype]:
+            excused = error <= 2 * relative_error(own[key], value)
+            (errors.excused if excused else errors.too_large)[key] = error
+    return errors
+
+
+def check_sizes(name: str, dtype: torch.dtype) -> dict[str, float]:
+    return compare(SIZES[name], dtype).too_large
 
 
 def check_repeated() -> dict[str, float]:
@@ -197,11 +213,15 @@ CHECKS: dict[str, Callable[[], dict[str, float]]] = {
 }
 
 
-def main() -> None:
+def prepare() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     assert launch.interpreted()
     launch.allocate = poison
+
+
+def main() -> None:
+    prepare()
     for name in sys.argv[1:]:
         check, _, dtype = name.partition(":")
         found = check_sizes(check, getattr(torch, dtype)) if dtype else CHECKS[check]()

@@ -1,0 +1,57 @@
+"""The generated kernels, interpreted, over every pair of sizes."""
+
+import json
+import subprocess
+import sys
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+from pairwise_sizes import RUNS, SITES, TOKENS, WIDTHS, Sizes, pairwise
+
+from attnres_compile.kernels.specialise import MAX_SITES
+from workers import interpreting
+
+HERE = Path(__file__).parent
+SHARES = 8
+
+
+def test_every_two_sizes_occur_together() -> None:
+    axes = {"sources": range(1, 35), "sites": SITES, "width": WIDTHS, "tokens": TOKENS}
+    wanted = {
+        ((one, first), (other, second))
+        for one, other in combinations(axes, 2)
+        for first, second in product(axes[one], axes[other])
+    }
+    cases = pairwise(RUNS, SITES, WIDTHS, TOKENS)
+    assert set().union(*(sizes.pairs() for sizes in cases)) == wanted
+
+
+def test_a_case_has_a_block_for_each_number_of_sources() -> None:
+    case = Sizes(range(4, 7), 2, 48, 5).case()
+    assert (case.completed, case.sites, case.shape) == (4, (2, 2, 2), (5, 48))
+
+
+def test_one_site_more_than_a_kernel_serves_is_a_case() -> None:
+    assert {MAX_SITES["phase1_forward"] + 1, MAX_SITES["phase1_backward"] + 1} <= set(SITES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_pair_of_sizes(share: int, dtype: str) -> None:
+    worker = subprocess.run(
+        [sys.executable, str(HERE / "pairwise_worker.py"), str(share), str(SHARES), dtype],
+        env=interpreting(HERE.parent, HERE),
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert worker.returncode == 0, worker.stderr
+    found = [json.loads(line) for line in worker.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == len(pairwise(RUNS, SITES, WIDTHS, TOKENS)[share::SHARES])
+    excused = [one for one in found if one["excused"]]
+    worst = max(one["worst"] for one in found)
+    print(f"{len(found)} cases, worst error {worst:.1e}; {len(excused)} with errors above the")
+    print(f"tolerance and within twice the specification's own: {excused}")
+    assert not [one for one in found if one["too_large"]]
