@@ -85,11 +85,6 @@ class Dataflow:
         first = bisect_right(writers, self.order[start], key=self.order.__getitem__)
         return writers[first : bisect_left(writers, last, key=self.order.__getitem__)]
 
-    def is_written(self, node: fx.Node, first: fx.Node, end: fx.Node) -> bool:
-        """Whether `first`, or a node from there to `end`, writes into the memory of `node`."""
-        writers = self.writers.get(self.memory.get(node, node), [])
-        return any(self.order[first] <= self.order[each] < self.order[end] for each in writers)
-
     def dependency_masks(
         self, roots: Iterable[fx.Node], mixes: Callable[[fx.Node], bool] = ops.mixes_elements
     ) -> tuple[dict[fx.Node, int], dict[fx.Node, int], dict[fx.Node, int]]:

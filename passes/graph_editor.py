@@ -83,7 +83,7 @@ def hoist(node: fx.Node, before: fx.Node, reader: fx.Node, view: Dataflow) -> bo
     if late is None or (late and not _same_mode([before, *late])):
         return False
     read = {node, *(argument for each in late for argument in each.all_input_nodes)}
-    if any(view.is_written(each, before, reader) for each in read):
+    if any(view.writes_between(each, before, reader) for each in read):
         return False
     for each in late:
         before.prepend(each)

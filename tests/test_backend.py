@@ -153,6 +153,27 @@ def test_models_written_by_hand() -> None:
     assert relative_error(compiled(root), model(root)) < 1e-5
 
 
+@pytest.mark.parametrize("clips", [True, False])
+def test_queries_that_the_forward_clips_are_clipped_when_they_are_read(clips: bool) -> None:
+    root, weight = torch.randn(5, 8), torch.randn(8, 8) / 3
+
+    def model(queries: torch.Tensor) -> torch.Tensor:
+        """Four sources, and two sites that attend over them; it clips before the second."""
+        sources = [torch.sin(i * root @ weight) for i in range(1, 5)]
+        partial = torch.tanh(attnres(sources, queries[0]) @ weight)
+        if clips:
+            queries.clamp_(-0.1, 0.1)
+        return attnres([*sources, partial], queries[1])
+
+    queries = torch.randn(2, 8)
+    found: list[torch.Tensor] = []
+    with torch.no_grad():
+        expected = model(queries.clone())
+        ran = ran_during(lambda: found.append(compile_with(model, "auto")(queries.clone())))
+    assert relative_error(found[0], expected) < 1e-5
+    assert ("attnres::cpp_phase1" in ran) != clips
+
+
 def test_transposed_tokens_may_be_viewed() -> None:
     tokens, query = torch.randn(2, 8, 5).mT, torch.randn(8)
 
