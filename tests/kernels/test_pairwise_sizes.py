@@ -13,7 +13,7 @@ from attnres_compile.kernels.specialise import MAX_SITES
 from workers import interpreting
 
 HERE = Path(__file__).parent
-SHARES = 8
+SHARES = 24  # of two minutes of a free core each
 
 
 def test_every_two_sizes_occur_together() -> None:
