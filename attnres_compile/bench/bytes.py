@@ -2,8 +2,8 @@
 
 A hand-written model is compiled with ``backend="attnres"``: single-sublayer blocks that complete
 sources, the block that is measured, and one more like it. Counted are the block's kernels (phase
-1, phase 2 of its sites, completion of its sum), and whatever of the size of a row Inductor computes
-between its sublayers, which is nothing if everything was fused.
+1, phase 2 of its sites, completion of its sum), and whatever loops Inductor runs between its
+sublayers, which are none of the size of a row if everything was fused.
 
 Triton reads TRITON_INTERPRET when it is imported, so the count runs in a process of its own:
 ``python -m attnres_compile.bench.bytes`` with a `Case` as JSON.
@@ -19,6 +19,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -46,7 +48,8 @@ class Case:
         sublayers: of the measured block.
         width: channels of a row.
         dtype: of the residual stream.
-        tokens: enough for what is kept per program not to dominate.
+        tokens: enough for what is kept per program not to dominate. By a prime, loops over tokens
+            are told from those over parameters; else some of these may be counted, too.
         norm: "rms" or "layer", what reads a mix.
     """
 
@@ -54,7 +57,7 @@ class Case:
     sublayers: int
     width: int
     dtype: str = "bfloat16"
-    tokens: int = 512
+    tokens: int = 509
     norm: str = "rms"
 
     def check(self) -> None:
@@ -112,7 +115,7 @@ def count(case: Case) -> dict[str, Any]:
                 output = compiled(root)
             else:
                 output.backward(torch.randn(output.shape).to(dtype))
-        rest = _bytes_of_inductor(metrics.nodes_num_elem, counting.block, case.row)
+        rest = _bytes_of_inductor(metrics.nodes_num_elem, counting.block, case.tokens)
         found[f"{direction}_rows"] = round((sum(counting.kernels.values()) + rest) / case.row, 3)
         kernels = {name: round(b / case.row, 3) for name, b in counting.kernels.items()}
         found[direction] = {
@@ -187,15 +190,32 @@ class _Counting:
         return self._after == last if completes else first - 1 <= self._after < last
 
 
-def _bytes_of_inductor(nodes: Sequence[Any], block: range, row: int) -> int:
-    """What Inductor's own kernels of the size of a row move from one block to the next."""
+def _bytes_of_inductor(nodes: Sequence[tuple[Any, int]], block: range, tokens: int) -> int:
+    """What Inductor's own loops over tokens move from one block to the next.
+
+    Not counted are loops over parameters alone, which stack queries and add up their gradients:
+    what they move does not grow with the tokens.
+
+    Args:
+        nodes: those of its schedule, each with the fours of bytes that it moves, as Inductor's
+            metrics have them (they are called numbers of elements, of whatever dtype).
+        block: numbers of sublayers.
+        tokens: a divisor of the size of each loop over tokens, and if a prime, of no other.
+    """
     numbers = [_sublayer_of(node) for node, _ in nodes]
     around = [i for i, k in enumerate(numbers) if k in (block[0] - 1, block[-1] + 1)]
     if len(around) != 2:
         raise BackendError("the sublayers of the block were not found in Inductor's schedule.")
     inside = nodes[around[0] + 1 : around[1]]
-    sizes = [size for node, size in inside if not node.is_extern() and not node.is_template()]
-    return sum(size for size in sizes if size >= row)
+    loops = [
+        (node, fours) for node, fours in inside if not (node.is_extern() or node.is_template())
+    ]
+    return 4 * sum(fours for node, fours in loops if _runs_over(tokens, node))
+
+
+def _runs_over(tokens: int, node: Any) -> bool:
+    ranges = [each.get_ranges() for each in node.get_nodes() if hasattr(each, "get_ranges")]
+    return any(prod(map(int, chain(*sizes))) % tokens == 0 for sizes in ranges)
 
 
 def _sublayer_of(node: Any) -> int | None:
