@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ("gpu", "time a block on a GPU against eager PyTorch, Inductor, Liger and fla"),
         )
     }
-    _numbers(made["bytes"], completed=8, sublayers=6, width=4096, tokens=509)
+    _numbers(made["bytes"], completed=8, sublayers=6, width=4096, tokens=512)
     made["bytes"].add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     made["bytes"].add_argument("--norm", choices=("rms", "layer"), default="rms")
     _numbers(made["aot"], width=4096, sources=9, sites=6)

@@ -2,8 +2,8 @@
 
 A hand-written model is compiled with ``backend="attnres"``: single-sublayer blocks that complete
 sources, the block that is measured, and one more like it. Counted are the block's kernels (phase
-1, phase 2 of its sites, completion of its sum), and whatever loops Inductor runs between its
-sublayers, which are none of the size of a row if everything was fused.
+1, phase 2 of its sites, completion of its sum), and whatever else Inductor schedules between its
+sublayers: not one row if everything was fused.
 
 Triton reads TRITON_INTERPRET when it is imported, so the count runs in a process of its own:
 ``python -m attnres_compile.bench.bytes`` with a `Case` as JSON.
@@ -19,8 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
-from math import prod
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from attnres_compile.errors import BackendError, InputError
 DTYPES = ("bfloat16", "float16", "float32")
 _INTERPRETING = {
     "TRITON_INTERPRET": "1",
+    "PYTHONSAFEPATH": "1",  # the package that runs here, not what the working directory holds
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # what Inductor computes is seen as it compiles
     "TORCH_LOGS": "inductor_metrics",
 }
@@ -48,8 +47,7 @@ class Case:
         sublayers: of the measured block.
         width: channels of a row.
         dtype: of the residual stream.
-        tokens: enough for what is kept per program not to dominate. By a prime, loops over tokens
-            are told from those over parameters; else some of these may be counted, too.
+        tokens: enough for what is kept per program not to dominate.
         norm: "rms" or "layer", what reads a mix.
     """
 
@@ -57,7 +55,7 @@ class Case:
     sublayers: int
     width: int
     dtype: str = "bfloat16"
-    tokens: int = 509
+    tokens: int = 512
     norm: str = "rms"
 
     def check(self) -> None:
@@ -79,15 +77,24 @@ class Case:
 def measure(case: Case) -> dict[str, Any]:
     """Counts in a child process, and puts the peers' formulas beside the result."""
     case.check()
-    command = [sys.executable, "-m", "attnres_compile.bench.bytes", json.dumps(asdict(case))]
+    found = in_a_child("-m", "attnres_compile.bench.bytes", json.dumps(asdict(case)))
+    rivals = [asdict(peer) for peer in peers(case.completed, case.sublayers)]
+    return {**asdict(case), **found, "peers": rivals, "machine": machine()}
+
+
+def in_a_child(*arguments: str) -> dict[str, Any]:
+    """What a Python process that interprets kernels prints last."""
     child = subprocess.run(
-        command, env={**os.environ, **_INTERPRETING}, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        env={**os.environ, **_INTERPRETING},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if child.returncode:
         raise BackendError(f"the interpreted block failed: {_reason(child.stderr)}")
     found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    rivals = [asdict(peer) for peer in peers(case.completed, case.sublayers)]
-    return {**asdict(case), **found, "peers": rivals, "machine": machine()}
+    return found
 
 
 def _reason(output: str) -> str:
@@ -115,7 +122,8 @@ def count(case: Case) -> dict[str, Any]:
                 output = compiled(root)
             else:
                 output.backward(torch.randn(output.shape).to(dtype))
-        rest = _bytes_of_inductor(metrics.nodes_num_elem, counting.block, case.tokens)
+        nodes = [node for node, _ in metrics.nodes_num_elem]
+        rest = _bytes_of_inductor(nodes, counting.block, case.row)
         found[f"{direction}_rows"] = round((sum(counting.kernels.values()) + rest) / case.row, 3)
         kernels = {name: round(b / case.row, 3) for name, b in counting.kernels.items()}
         found[direction] = {
@@ -190,41 +198,44 @@ class _Counting:
         return self._after == last if completes else first - 1 <= self._after < last
 
 
-def _bytes_of_inductor(nodes: Sequence[tuple[Any, int]], block: range, tokens: int) -> int:
-    """What Inductor's own loops over tokens move from one block to the next.
+def _bytes_of_inductor(nodes: Sequence[Any], block: range, row: int) -> int:
+    """What else Inductor schedules for a block moves: everything but the kernels and sublayers.
 
-    Not counted are loops over parameters alone, which stack queries and add up their gradients:
-    what they move does not grow with the tokens.
-
-    Args:
-        nodes: those of its schedule, each with the fours of bytes that it moves, as Inductor's
-            metrics have them (they are called numbers of elements, of whatever dtype).
-        block: numbers of sublayers.
-        tokens: a divisor of the size of each loop over tokens, and if a prime, of no other.
+    All that stands from the block's phase 1 to the next one's counts, scalars per token and vectors
+    too, as they do in the kernels. Beyond, up to the neighbours' sublayers, small things belong to
+    other kernels, such as the completion of other sources; a loop over rows would be a lost fusion
+    and counts there as well. The numbers beside the nodes in Inductor's metrics are bytes // 4,
+    whatever their name says, so each node is asked again.
     """
-    numbers = [_sublayer_of(node) for node, _ in nodes]
+    numbers = [_sublayer_of(node) for node in nodes]
     around = [i for i, k in enumerate(numbers) if k in (block[0] - 1, block[-1] + 1)]
     if len(around) != 2:
         raise BackendError("the sublayers of the block were not found in Inductor's schedule.")
     inside = nodes[around[0] + 1 : around[1]]
-    loops = [
-        (node, fours) for node, fours in inside if not (node.is_extern() or node.is_template())
-    ]
-    return 4 * sum(fours for node, fours in loops if _runs_over(tokens, node))
+    phase1 = [i for i, node in enumerate(inside) if "phase1" in _operator(node)]
+    if len(phase1) != 2:
+        raise BackendError("the block and the next one are not both computed in two phases.")
+    sizes = [0 if _operator(node) else node.get_read_write_buffers_sizes() for node in inside]
+    return sum(n for i, n in enumerate(sizes) if n >= row or phase1[0] < i < phase1[1])
 
 
-def _runs_over(tokens: int, node: Any) -> bool:
-    ranges = [each.get_ranges() for each in node.get_nodes() if hasattr(each, "get_ranges")]
-    return any(prod(map(int, chain(*sizes))) % tokens == 0 for sizes in ranges)
+def _operator(node: Any) -> str:
+    """The operator of ours that a node calls: the kernels, counted as they run, or a sublayer."""
+    name = str(getattr(node.node, "op_overload", ""))
+    return name if name.startswith(("attnres.", "attnres_bench.")) else ""
 
 
 def _sublayer_of(node: Any) -> int | None:
     """The number of the sublayer that a node of Inductor's schedule calls, if it does."""
-    kernel = node.node
-    if "attnres_bench" not in str(getattr(kernel, "op_overload", "")):
+    if not _operator(node).startswith("attnres_bench."):
         return None
-    return next(a for a in kernel.constant_args if isinstance(a, int))
+    return next(a for a in node.node.constant_args if isinstance(a, int))
+
+
+def main(case: str) -> None:
+    """Prints what is counted for a `Case` as JSON."""
+    print(json.dumps(count(Case(**json.loads(case)))))
 
 
 if __name__ == "__main__":
-    print(json.dumps(count(Case(**json.loads(sys.argv[1])))))
+    main(sys.argv[1])
