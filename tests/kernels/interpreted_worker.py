@@ -57,7 +57,7 @@ class Errors:
     """Relative errors of a case's outputs and gradients."""
 
     worst: float = 0.0
-    excused: dict[str, float] = field(default_factory=dict)  # no larger than the specification's
+    excused: dict[str, float] = field(default_factory=dict)  # at most twice the specification's
     too_large: dict[str, float] = field(default_factory=dict)
 
 

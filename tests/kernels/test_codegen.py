@@ -40,6 +40,7 @@ def test_text(name: str) -> None:
     assert "{{" not in text
     assert "{%" not in text
     assert "atomic" not in text
+    assert ("tokens" in arguments) == ("tokens = tokens.to(tl.int64)" in text)
     assert text == render(KERNELS[name])
 
 
@@ -64,15 +65,8 @@ def test_no_tile_lies_beyond_the_row(width: int) -> None:
 
 @pytest.mark.parametrize("images", [True, False])
 def test_offsets_are_counted_in_64_bits(images: bool) -> None:
-    kernel = specialise.phase1_forward(
-        sources=3,
-        sites=2,
-        first_site=0,
-        group=2,
-        width=96,
-        dtype=torch.bfloat16,
-        images=images,
-    )
+    sizes = {"sources": 3, "sites": 2, "first_site": 0, "group": 2, "width": 96}
+    kernel = specialise.phase1_forward(**sizes, dtype=torch.bfloat16, images=images)
     lines = [line.strip() for line in render(kernel).splitlines()]
     assert "tokens = tokens.to(tl.int64)" in lines
     assert ("inner = inner.to(tl.int64)" in lines) == images
