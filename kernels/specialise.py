@@ -308,10 +308,9 @@ def sum_partials(*, dtype: torch.dtype) -> Specialisation:
 def sources_with_slopes(sources: int, dtype: torch.dtype) -> int:
     """Of how many sources phase 1 forms the slopes that the gradients of logits come from.
 
-    Those of 16 bits go without the newest, which is a row less to read; ``phase1.py`` says what
-    that costs.
+    In bfloat16 not of the newest, which is a row less to read; ``phase1.py`` says what that costs.
     """
-    return sources - 1 if sources == 1 or dtype.itemsize == 2 else sources
+    return sources - 1 if sources == 1 or dtype == torch.bfloat16 else sources
 
 
 def streaming_tile(width: int) -> int:
