@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made["cpu"].add_argument(
         "--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"]
     )
-    _numbers(made["cpu"], pairs=21)
+    _numbers(made["cpu"], pairs=21, processes=3)
     _numbers(made["gpu"], width=4096, blocks=8, sublayers=6, tokens=8192, runs=21)
 
 
@@ -132,17 +132,10 @@ def _bytes(args: argparse.Namespace) -> tuple[Any, list[Any]]:
 def _aot(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     from attnres_compile.bench import aot as bench
 
-    total = len(args.kernels or range(12)) * len(args.targets)
+    block = {key: getattr(args, key) for key in ("width", "sources", "sites", "dtype")}
+    total = len(args.kernels or bench.kernels_of_a_block(**block)) * len(args.targets)
     with _progress(args, "compiling", total) as tick:
-        found = bench.measure(
-            width=args.width,
-            sources=args.sources,
-            sites=args.sites,
-            dtype=args.dtype,
-            targets=args.targets,
-            kernels=args.kernels,
-            tick=tick,
-        )
+        found = bench.measure(**block, targets=args.targets, kernels=args.kernels, tick=tick)
 
     def accesses(counts: dict[int, int]) -> str:
         return " ".join(f"{count}x{size}" for size, count in counts.items()) or "-"
@@ -166,11 +159,11 @@ def _aot(args: argparse.Namespace) -> tuple[Any, list[Any]]:
 def _cpu(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     from attnres_compile.bench import cpu as bench
 
-    if args.pairs < 1:
-        raise InputError("--pairs must be positive.")
-    total = bench.steps_of(args.shapes, args.modes, args.pairs)
-    with _progress(args, "timing", total) as tick:
-        found = bench.measure(args.shapes, args.modes, args.pairs, tick)
+    if args.pairs < 1 or args.processes < 1:
+        raise InputError("--pairs and --processes must be positive.")
+    what = (args.shapes, args.modes, args.pairs, args.processes)
+    with _progress(args, "timing", bench.steps_of(*what)) as tick:
+        found = bench.measure(*what, tick)
     rows = []
     for name, shape in found["shapes"].items():
         for mode in args.modes:
@@ -178,7 +171,10 @@ def _cpu(args: argparse.Namespace) -> tuple[Any, list[Any]]:
             ratios = [f"{shape[key]:.3f}" for key in (*keys, f"naive_{mode}_ratio")]
             rows.append([name, mode, *ratios])
     columns = ["shape", "mode", "compiled", "compile time", "eager", "naive, eager"]
-    title = f"Converted over unconverted, median of {args.pairs} rounds"
+    title = (
+        f"Converted over unconverted, median of {args.pairs} rounds "
+        f"in {found['processes']} processes"
+    )
     return found, [_table(title, columns, rows, left=2)]
 
 

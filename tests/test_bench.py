@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from attnres_compile.bench import bytes as bench_bytes
-from attnres_compile.bench import cpu, gpu
+from attnres_compile.bench import child, cpu, cpu_times, gpu
+from attnres_compile.bench.child import STEP, found_by
+from attnres_compile.bench.decoder import SHAPES, models
 from attnres_compile.bench.peers import peers
 from attnres_compile.bench.residual_model import ResidualModel, attnres_mix
 from attnres_compile.cli import main, parser
@@ -27,7 +28,7 @@ from attnres_compile.kernels import reference
 FLAGS = {
     "bytes": "completed sublayers width tokens dtype norm",
     "aot": "width sources sites dtype targets kernels",
-    "cpu": "shapes modes pairs",
+    "cpu": "shapes modes pairs processes",
     "gpu": "width blocks sublayers tokens runs",
 }
 
@@ -85,7 +86,7 @@ def test_bytes_see_a_lost_fusion() -> None:
         "lower.fuse_neighbours = lambda graph: None;"
         f"bytes.main('{json.dumps(asdict(bench_bytes.Case(3, s, 64, 'float32')))}')"
     )
-    found = bench_bytes.in_a_child("-c", script)
+    found = found_by("-c", script, environment=bench_bytes.INTERPRETING)
     forward, backward = found["forward"]["inductor"], found["backward"]["inductor"]
     scalars = 0.1  # a norm's root, and a vector of weights; those of test_bytes besides
     rows = 2 * (s + 1) + 3 * (s - 2)
@@ -94,17 +95,25 @@ def test_bytes_see_a_lost_fusion() -> None:
     assert rows + 4 * s / 64 < backward < rows + 4 * s / 64 + 2 * scalars
 
 
-def test_bytes_say_why_the_block_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's hints stand after the error."""
-    said = "Traceback:\n  x()\ntorch._inductor.exc.InductorError: TypeError: no x\n\nSet TORCH_LOGS"
-    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    case = bench_bytes.Case(completed=3, sublayers=2, width=64)
-    with pytest.raises(BackendError, match=r"failed: .*InductorError: TypeError: no x"):
-        bench_bytes.measure(case)
-    failed.stderr = "killed"
-    with pytest.raises(BackendError, match="failed: killed"):
-        bench_bytes.measure(case)
+def test_a_child_says_what_it_found_and_each_step() -> None:
+    ticks: list[int] = []
+    script = f"print('{STEP}'); print('{STEP}'); print('{{\"found\": 3}}')"
+    found = found_by("-c", script, environment={}, tick=lambda: ticks.append(1))
+    assert (found, len(ticks)) == ({"found": 3}, 2)
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        # PyTorch's hints stand after the error.
+        ("x()\nTypeError: no x\n\nSet TORCH_LOGS", "failed: TypeError: no x$"),
+        ("killed", "failed: killed$"),
+        (1, "failed: no message$"),
+    ],
+)
+def test_a_child_says_why_it_failed(printed: object, said: str) -> None:
+    with pytest.raises(BackendError, match=said):
+        found_by("-c", f"import sys; sys.exit({printed!r})", environment={})
 
 
 def test_peers() -> None:
@@ -126,16 +135,49 @@ def test_aot(tmp_path: Path) -> None:
 
 
 def test_cpu(tmp_path: Path) -> None:
-    argv = ("--shapes", "tiny", "--modes", "inference", "--pairs", "3")
+    argv = ("--shapes", "tiny", "--modes", "inference", "--pairs", "3", "--processes", "2")
     found = results(tmp_path / "cpu.json", "cpu", *argv)
     tiny = found["shapes"]["tiny"]
     for key in ("inference_ratio", "compile_ratio", "eager_inference_ratio"):
         assert found[key] == tiny[key] > 0
     assert tiny["inference_compile_seconds"]["plain"] > 0.1, "found in a cache"
+    assert (found["pairs"], found["processes"]) == (3, 2)
+    assert len(tiny["inference_by_process"]) == 2
+
+
+def test_ratios_of_steps_are_medians_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each round is a pair: 3/2, 4/4, 9/3 are not the ratio of medians, 4/3."""
+    forms = {"plain": [2.0, 4.0], "converted": [3.0, 4.0]}
+    eager = {"eager_plain": [1.0, 1.0], "eager_converted": [2.0, 2.0], "eager_naive": [5.0, 5.0]}
+    first = {"first_calls": {"plain": 10.0, "converted": 12.0}, "steps": {**forms, **eager}}
+    forms = {"plain": [3.0], "converted": [9.0]}
+    eager = {"eager_plain": [1.0], "eager_converted": [3.0], "eager_naive": [6.0]}
+    second = {"first_calls": {"plain": 10.0, "converted": 8.0}, "steps": {**forms, **eager}}
+    children = iter([[first], [second]])
+    monkeypatch.setattr(child, "found_by", lambda *_, **__: next(children))
+    found = cpu.measure(["tiny"], ["training"], pairs=3, processes=2)
+    assert found["training_ratio"] == 1.5
+    assert found["compile_ratio"] == 1.0
+    assert (found["eager_training_ratio"], found["naive_training_ratio"]) == (2, 5)
+    assert found["shapes"]["tiny"]["training_by_process"] == [1.25, 3]
+    assert found["shapes"]["tiny"]["training_milliseconds"]["converted"] == 4000
+
+
+def test_rounds_are_shared_between_processes() -> None:
+    """The bar ends where they end, also with more processes than rounds."""
+    for pairs, processes, rounds in ((21, 3, [7, 7, 7]), (5, 3, [2, 2, 1]), (2, 3, [1, 1])):
+        steps = sum(cpu_times.steps_of(["a", "b"], ["training"], each) for each in rounds)
+        assert cpu.steps_of(["a", "b"], ["training"], pairs, processes) == steps
+
+
+@pytest.mark.parametrize("flag", ["--pairs", "--processes"])
+def test_cpu_without_a_round(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "cpu", flag, "0"]) == 2
+    assert "must be positive" in capsys.readouterr().err
 
 
 def test_the_compared_networks_compute_the_same() -> None:
-    made, ids = cpu.models(cpu.SHAPES["tiny"])
+    made, ids = models(SHAPES["tiny"])
     expected = made["plain"](ids)
     for name in ("converted", "naive"):
         torch.testing.assert_close(made[name](ids), expected, rtol=1e-4, atol=1e-5)

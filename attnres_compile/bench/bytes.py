@@ -12,9 +12,6 @@ Triton reads TRITON_INTERPRET when it is imported, so the count runs in a proces
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,15 +20,15 @@ from typing import Any
 
 import torch
 
+from attnres_compile.bench.child import found_by
 from attnres_compile.bench.machine import machine
 from attnres_compile.bench.peers import peers
 from attnres_compile.bench.residual_model import ResidualModel, listeners
 from attnres_compile.errors import BackendError, InputError
 
 DTYPES = ("bfloat16", "float16", "float32")
-_INTERPRETING = {
+INTERPRETING = {
     "TRITON_INTERPRET": "1",
-    "PYTHONSAFEPATH": "1",  # the package that runs here, not what the working directory holds
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # what Inductor computes is seen as it compiles
     "TORCH_LOGS": "inductor_metrics",
 }
@@ -77,30 +74,10 @@ class Case:
 def measure(case: Case) -> dict[str, Any]:
     """Counts in a child process, and puts the peers' formulas beside the result."""
     case.check()
-    found = in_a_child("-m", "attnres_compile.bench.bytes", json.dumps(asdict(case)))
+    module = ("-m", "attnres_compile.bench.bytes", json.dumps(asdict(case)))
+    found = found_by(*module, environment=INTERPRETING)
     rivals = [asdict(peer) for peer in peers(case.completed, case.sublayers)]
     return {**asdict(case), **found, "peers": rivals, "machine": machine()}
-
-
-def in_a_child(*arguments: str) -> dict[str, Any]:
-    """What a Python process that interprets kernels prints last."""
-    child = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **_INTERPRETING},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode:
-        raise BackendError(f"the interpreted block failed: {_reason(child.stderr)}")
-    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return found
-
-
-def _reason(output: str) -> str:
-    """The last error that a child named; hints may follow it."""
-    lines = output.strip().splitlines() or ["no message"]
-    return next((each for each in reversed(lines) if re.match(r"[\w.]+Error: ", each)), lines[-1])
 
 
 def count(case: Case) -> dict[str, Any]:

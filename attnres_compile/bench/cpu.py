@@ -1,237 +1,91 @@
 """Step time and first-call compile time of a converted model over the unconverted one, on a CPU.
 
-Everything that is compared runs in one process and in turns, in an order that is reversed from one
-round to the next, so that what else the machine does falls on all alike. A ratio is the median of
-the ratios of all rounds. The naive form (stack the sources, norm them, sum) stands beside the eager
-operator, whose overhead it is to judge.
+A ratio of steps is the median of the ratios of all rounds, in which the forms ran one after the
+other. The rounds are taken in several processes: where a process happens to have its memory makes
+matrix products up to 6 % faster or slower, in one form and not in the other, and no number of
+rounds in one process tells that from what the conversion costs.
 """
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
+from attnres_compile.bench import child, cpu_times
+from attnres_compile.bench.cpu_times import Times
+from attnres_compile.bench.decoder import SHAPES
 from attnres_compile.bench.machine import machine
-from attnres_compile.bench.residual_model import stacked_mix
-from attnres_compile.config import AttnResConfig
-from attnres_compile.conversion import convert
-
-MODES = ("inference", "training")
-VOCABULARY = 512
-Progress = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Shape:
-    layers: int
-    width: int
-    heads: int
-    batch: int
-    tokens: int
-    blocks: int
-
-
-SHAPES = {
-    "a": Shape(layers=12, width=512, heads=8, batch=4, tokens=256, blocks=4),
-    "b": Shape(layers=24, width=128, heads=4, batch=8, tokens=256, blocks=8),
-    "tiny": Shape(layers=2, width=32, heads=2, batch=2, tokens=16, blocks=2),
-}
-
-
-class Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.heads = shape.heads
-        self.qkv = nn.Linear(shape.width, 3 * shape.width)
-        self.out = nn.Linear(shape.width, shape.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return result
-
-
-class Layer(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        width = shape.width
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(shape)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        result: Tensor = x + self.mlp(self.norm2(x))
-        return result
-
-
-class Decoder(nn.Module):
-    """A plain pre-norm transformer."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, shape.width)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width)
-        self.head = nn.Linear(shape.width, VOCABULARY)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
-
-
-class NaiveDecoder(nn.Module):
-    """The same network with the same sites as its conversion, each a stack of all its sources."""
-
-    def __init__(self, plain: Decoder, blocks: int) -> None:
-        super().__init__()
-        self.plain = plain
-        self.sublayers = 2 * len(plain.layers)
-        self.size = self.sublayers // blocks
-        width = plain.norm.weight.numel()
-        self.queries = nn.ParameterList(
-            nn.Parameter(torch.zeros(width)) for _ in range(self.sublayers)
-        )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        completed = [self.plain.embedding(ids)]
-        partial: list[Tensor] = []
-        for number in range(self.sublayers):
-            layer: Any = self.plain.layers[number // 2]
-            norm, body = (layer.norm2, layer.mlp) if number % 2 else (layer.norm1, layer.attention)
-            branch = body(norm(self._read([*completed, *partial], number)))
-            partial = [partial[0] + branch] if partial else [branch]
-            if (number + 1) % self.size == 0:
-                completed, partial = [*completed, *partial], []
-        last = self._read([*completed, *partial], self.sublayers)
-        logits: Tensor = self.plain.head(self.plain.norm(last))
-        return logits
-
-    def _read(self, sources: Sequence[Tensor], number: int) -> Tensor:
-        if len(sources) == 1:
-            return sources[0]
-        return len(sources) * stacked_mix(sources, self.queries[number - 1])
-
-
-def models(shape: Shape) -> tuple[dict[str, Any], Tensor]:
-    """The plain, the converted and the naive network, which all compute the same, and an input."""
-    torch.manual_seed(0)
-    plain = Decoder(shape)
-    ids = torch.randint(0, VOCABULARY, (shape.batch, shape.tokens))
-    converted = convert(plain, (ids,), config=AttnResConfig(num_blocks=shape.blocks))
-    naive = NaiveDecoder(copy.deepcopy(plain), shape.blocks)
-    return {"plain": plain, "converted": converted, "naive": naive}, ids
 
 
 def measure(
-    names: Sequence[str], modes: Sequence[str], pairs: int, tick: Progress = lambda: None
+    shapes: Sequence[str],
+    modes: Sequence[str],
+    pairs: int,
+    processes: int,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """All shapes and modes; `tick` is called `steps_of(...)` times.
+    """All shapes and modes, in `pairs` rounds; `tick` is called `steps_of(...)` times.
 
     The keys inference_ratio, training_ratio and compile_ratio are of the worst shape; those of
     each stand in "shapes".
     """
-    import torch._inductor.config
+    taken: list[list[Times]] = []
+    for rounds in _shares(pairs, processes):
+        what = json.dumps({"shapes": shapes, "modes": modes, "rounds": rounds})
+        module = ("-m", cpu_times.__name__, what)
+        found = child.found_by(*module, environment={}, tick=tick)
+        taken.append([Times(**times) for times in found])
+    ratios: dict[str, dict[str, Any]] = {name: asdict(SHAPES[name]) for name in shapes}
+    cases = [(name, mode) for name in shapes for mode in modes]
+    for (name, mode), times in zip(cases, zip(*taken, strict=True), strict=True):
+        ratios[name] |= _ratios(mode, times)
+    for shape in ratios.values():
+        shape["compile_ratio"] = max(shape[f"{mode}_compile_ratio"] for mode in modes)
+    keys = [key for key in next(iter(ratios.values())) if key.endswith("_ratio")]
+    worst = {key: max(shape[key] for shape in ratios.values()) for key in keys}
+    counts = {"pairs": pairs, "processes": len(taken)}
+    return {**worst, "shapes": ratios, **counts, "machine": machine()}
 
-    shapes: dict[str, dict[str, Any]] = {}
-    # A first call is to compile, not to find what an earlier process has compiled.
-    with torch._inductor.config.patch(force_disable_caches=True):
-        for mode in modes if set(names) != {"tiny"} else ():
-            _first_calls("tiny", mode)  # imports, and libraries that are built once and kept
-        for name in names:
-            shapes[name] = asdict(SHAPES[name])
-            for mode in modes:
-                shapes[name] |= _measure(name, mode, pairs, tick)
-            compiles = [shapes[name][f"{mode}_compile_ratio"] for mode in modes]
-            shapes[name]["compile_ratio"] = max(compiles)
-    ratios = [key for key in next(iter(shapes.values())) if key.endswith("_ratio")]
-    worst = {key: max(shape[key] for shape in shapes.values()) for key in ratios}
-    return {**worst, "shapes": shapes, "pairs": pairs, "machine": machine()}
 
-
-def steps_of(names: Sequence[str], modes: Sequence[str], pairs: int) -> int:
+def steps_of(shapes: Sequence[str], modes: Sequence[str], pairs: int, processes: int) -> int:
     """How much there is to do, for a progress bar."""
-    return len(names) * len(modes) * 2 * (pairs + 1)
+    return sum(cpu_times.steps_of(shapes, modes, each) for each in _shares(pairs, processes))
 
 
-def _first_calls(
-    name: str, mode: str, tick: Progress = lambda: None
-) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
-    """What a step of each form is, and how long the first one of the compiled forms took."""
-    made, ids = models(SHAPES[name])
-    torch._dynamo.reset()
-    forms = {
-        "plain": torch.compile(made["plain"], backend="inductor", fullgraph=True),
-        "converted": torch.compile(made["converted"], backend="attnres", fullgraph=True),
-    }
-    steps = {key: _step(form, made[key], ids, mode) for key, form in forms.items()}
-    seconds = {}
-    for key, step in steps.items():
-        seconds[key] = _timed(step)
-        tick()
-    eager = {f"eager_{key}": _step(model, model, ids, mode) for key, model in made.items()}
-    return {**steps, **eager}, seconds
+def _shares(pairs: int, processes: int) -> list[int]:
+    """How many rounds each process takes; no process has none."""
+    shares = [pairs // processes + (number < pairs % processes) for number in range(processes)]
+    return [share for share in shares if share]
 
 
-def _measure(name: str, mode: str, pairs: int, tick: Progress) -> dict[str, Any]:
-    steps, compiling = _first_calls(name, mode, tick)
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {key: [] for key in steps}
-    compiled = ["plain", "converted"]
-    # Compiled and eager forms apart, and in the other order each time: a form comes as often after
-    # itself as after the other, and not after one that leaves caches and pages in another state.
-    for group in (compiled, [key for key in steps if key not in compiled]):
-        for i in range(pairs):
-            for key in reversed(group) if i % 2 else group:
-                times[key].append(_timed(steps[key]))
-            tick()
+def _ratios(mode: str, processes: Sequence[Times]) -> dict[str, Any]:
+    """Of one shape and mode, from its times in all processes."""
+    forms = processes[0].steps
+    steps = {form: [t for times in processes for t in times.steps[form]] for form in forms}
 
-    def ratio(key: str, base: str) -> list[float]:
-        return [one / other for one, other in zip(times[key], times[base], strict=True)]
+    def ratio(form: str, base: str) -> float:
+        return median(_pairwise(steps, form, base))
 
-    pairwise = ratio("converted", "plain")
+    pairwise = _pairwise(steps, "converted", "plain")
+    first_calls = [times.first_calls for times in processes]
     return {
         f"{mode}_ratio": median(pairwise),
-        f"{mode}_quartiles": quantiles(pairwise, n=4) if pairs > 1 else pairwise,
-        f"{mode}_compile_ratio": compiling["converted"] / compiling["plain"],
-        f"{mode}_compile_seconds": compiling,
-        f"eager_{mode}_ratio": median(ratio("eager_converted", "eager_plain")),
-        f"naive_{mode}_ratio": median(ratio("eager_naive", "eager_plain")),
-        f"{mode}_milliseconds": {key: 1000 * median(each) for key, each in times.items()},
+        f"{mode}_quartiles": quantiles(pairwise, n=4) if len(pairwise) > 1 else pairwise,
+        f"{mode}_by_process": [
+            median(_pairwise(times.steps, "converted", "plain")) for times in processes
+        ],
+        f"{mode}_compile_ratio": median(each["converted"] / each["plain"] for each in first_calls),
+        f"{mode}_compile_seconds": {
+            form: median(each[form] for each in first_calls) for form in first_calls[0]
+        },
+        f"eager_{mode}_ratio": ratio("eager_converted", "eager_plain"),
+        f"naive_{mode}_ratio": ratio("eager_naive", "eager_plain"),
+        f"{mode}_milliseconds": {form: 1000 * median(each) for form, each in steps.items()},
     }
 
 
-def _step(form: Callable[..., Tensor], model: nn.Module, ids: Tensor, mode: str) -> Any:
-    """One step: a forward pass, in training with a loss and a backward pass."""
-
-    def infer() -> None:
-        with torch.no_grad():
-            form(ids)
-
-    def train() -> None:
-        model.zero_grad()
-        loss: Any = F.cross_entropy(form(ids).flatten(0, 1), ids.flatten())
-        loss.backward()
-
-    return infer if mode == "inference" else train
-
-
-def _timed(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def _pairwise(steps: Mapping[str, Sequence[float]], form: str, base: str) -> list[float]:
+    return [one / other for one, other in zip(steps[form], steps[base], strict=True)]
