@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from attnres_compile.capture import capture_error, tracing
-from attnres_compile.errors import AttnResError, UnconvertedPathError
+from attnres_compile.errors import AttnResError, CaptureError, UnconvertedPathError
 from attnres_compile.module import UNCONVERTED, Owner, declare
 from attnres_compile.passes.outline_checkpoints import outline_checkpoints
 from attnres_compile.passes.restore_unbind import restore_unbind
@@ -173,6 +173,13 @@ def _explain(owner: nn.Module, error: Exception) -> NoReturn:
             raise cause from None
         cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
     name = type(owner).__name__
+    if torch._C._are_functorch_transforms_active():
+        raise CaptureError(
+            f"{name} is converted, and cannot be called under a transform of torch.func (grad, "
+            "vmap, jvp and what is made of them): its mixes have derivatives in reverse mode only, "
+            "and no rules for batches of calls. Use backward() or torch.autograd.grad, for "
+            "gradients of single samples one sample at a time."
+        ) from error
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
         raise UnconvertedPathError(
             f"{name} was called in more ways (shapes, modes, dtypes) than Dynamo's recompile "

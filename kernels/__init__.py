@@ -14,7 +14,8 @@ Operators, each with its schema, its shapes for tracing and its gradient:
     phase1: ``attnres::phase1``, all sites of a block attend over its completed sources
     phase2: ``attnres::phase2``, one site, from the last branch to the norm that reads it
     phases: registers the three of them
-    implementations: who computes a phase, and what the operators of the phases share
+    implementations: who computes a phase, and what the operators share
+    stand_ins: tensors without data, by which gradients find their way back
 
 In plain PyTorch:
 

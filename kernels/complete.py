@@ -9,10 +9,7 @@ gain) of site j and ``l_j`` its logit::
     ds = dsource + r sum_j dl_j w_j - (r^2 / D) (sum_j dl_j l_j) s
     dw_j = sum over tokens of dl_j r s
 
-**Stand-ins.** For a single addend ``source`` is a stand-in: a tensor of its shape with one element
-of storage, whose only use is that its gradient finds the way back here. A stand-in may also be
-passed as the third addend: it brings home what earlier readers owe the first one, which then gets
-no gradient of its own.
+For a single addend ``source`` is a stand-in, and the third addend may be one: ``stand_ins.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from attnres_compile.kernels.implementations import (
     tokens_of,
     without_autocast,
 )
-from attnres_compile.kernels.plain_phases import stand_in
+from attnres_compile.kernels.stand_ins import share, stand_in
 
 
 @torch.library.custom_op(
@@ -158,12 +155,6 @@ def _backward(
     )
     grad_addend = grads[0] if wants_source else None
     return share(grad_addend, needs_addends), grads[-1] if needs_queries else None, *nothing
-
-
-def share(grad: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
-    """One gradient for every addend; where there is a stand-in, for it instead of the first."""
-    owed = [True] * len(needed) if len(needed) < 3 else [False, True, True]
-    return [grad if n and o else None for n, o in zip(needed, owed, strict=True)]
 
 
 complete.register_autograd(_backward, setup_context=_setup_context)

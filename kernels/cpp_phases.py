@@ -20,8 +20,8 @@ from torch import Tensor
 
 from attnres_compile.kernels.cpp_library import operator
 from attnres_compile.kernels.phase2 import NORMS
-from attnres_compile.kernels.plain_phases import stand_in
 from attnres_compile.kernels.reference import arithmetic_dtype
+from attnres_compile.kernels.stand_ins import stand_in
 
 
 def complete(

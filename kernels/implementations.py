@@ -1,17 +1,16 @@
-"""What the operators of the phases share: who computes them, and what they do not do."""
+"""What the operators share: who computes them, in which modes, and what they do not do."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from attnres_compile.errors import BackendError
-from attnres_compile.kernels.ops import _without_autocast as without_autocast
-
-__all__ = ["differentiate_once", "implementation", "tokens_of", "without_autocast"]
 
 _MODULES = {"reference": "plain_phases", "triton": "triton_phases", "cpp": "cpp_phases"}
 
@@ -28,6 +27,14 @@ def tokens_of(source: Tensor, dim: int) -> list[int]:
     tokens = list(source.shape)
     del tokens[dim]
     return tokens
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside an operator autocast still rewrites calls, such as the matrix products here."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def differentiate_once(operator: Any) -> None:

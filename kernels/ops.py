@@ -20,7 +20,6 @@ Shapes below: N sources, D channels, ``tokens`` a source's shape without its cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch.autograd import forward_ad
 
 from attnres_compile.errors import InputError
 from attnres_compile.kernels import plain_mix
+from attnres_compile.kernels.implementations import without_autocast
 from attnres_compile.kernels.plain_mix import effective_query, from_the_end
 from attnres_compile.kernels.reference import Aggregate, arithmetic_dtype
 
@@ -68,7 +68,7 @@ def _mix_eagerly(
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_arguments(sources, query, gain, dim)
-    with _without_autocast(query):
+    with without_autocast(query):
         if _is_for_cpp(sources[0], dim, kernels):
             return _mix_in_cpp(sources, query, gain, eps, count)
         return plain_mix.mix(sources, query, gain, eps, count, dim)
@@ -141,7 +141,7 @@ def _mix_backward(
 
     ``weight`` is [D], the query times the gain, in the arithmetic dtype, and so is its gradient.
     """
-    with _without_autocast(grad):
+    with without_autocast(grad):
         if _is_for_cpp(grad, dim, kernels):
             from attnres_compile.kernels import cpp_phases
 
@@ -365,11 +365,3 @@ def _check_vector(name: str, vector: Tensor, source: Tensor, dim: int) -> None:
 
 def _cast(grad: Tensor | None, like: Tensor) -> Tensor | None:
     return None if grad is None else grad.to(like.dtype)
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Inside an operator autocast still rewrites calls, such as the matrix products here."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

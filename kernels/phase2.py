@@ -30,14 +30,13 @@ import torch
 from torch import Tensor
 
 from attnres_compile.errors import InputError
-from attnres_compile.kernels.complete import share
 from attnres_compile.kernels.implementations import (
     differentiate_once,
     implementation,
     tokens_of,
     without_autocast,
 )
-from attnres_compile.kernels.plain_phases import stand_in
+from attnres_compile.kernels.stand_ins import share, stand_in
 
 NORMS = ("none", "rms", "layer")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attnres_compile.kernels.plain_mix import softmax_backward
 from attnres_compile.kernels.reference import arithmetic_dtype
+from attnres_compile.kernels.stand_ins import stand_in
 
 
 def complete(
@@ -28,7 +29,7 @@ def complete(
 
     Returns:
         The source; logits [L, *tokens]; inverse RMS [*tokens]. For one addend the source is a
-        stand-in for it (see ``stand_in``).
+        stand-in for it (see ``stand_ins.py``).
     """
     source = add(addends)
     rows = _rows(source, dim)
@@ -246,11 +247,6 @@ def add(addends: Sequence[Tensor]) -> Tensor:
     """The sum of the first two, rounded to their dtype; a third one only receives a gradient."""
     total = addends[0] if len(addends) == 1 else addends[0] + addends[1]
     return total.contiguous()
-
-
-def stand_in(tensor: Tensor) -> Tensor:
-    """A tensor like ``tensor`` with a single element of storage, to bring a gradient back."""
-    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def _partial_result(like: Tensor, addends: Sequence[Tensor], partial: Tensor | None) -> Tensor:

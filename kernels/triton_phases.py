@@ -14,7 +14,7 @@ from torch import Tensor
 from attnres_compile.kernels import launch, specialise
 from attnres_compile.kernels.arguments import Layout, accepted, contiguous, groups, named
 from attnres_compile.kernels.launch import Argument, check_device, runs
-from attnres_compile.kernels.plain_phases import stand_in
+from attnres_compile.kernels.stand_ins import stand_in
 
 
 def complete(

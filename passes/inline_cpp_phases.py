@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from attnres_compile.kernels import cpp_library, cpp_phases, phases
-from attnres_compile.kernels.plain_phases import stand_in
+from attnres_compile.kernels.stand_ins import stand_in
 from attnres_compile.passes.absorb_biases import absorb_biases
 from attnres_compile.passes.absorb_gradients import absorb_gradients
 from attnres_compile.passes.call_directly import call_directly
