@@ -18,7 +18,7 @@ SHARES = 24  # of two minutes of a free core each
 
 # Of one token the terms of a query's gradient can cancel to a few digits, by another rounding in
 # the phases than in the specification, which may happen to lose less than half of what they lose.
-# Above both halves of the rule were, of all 240 cases: in float32, 20 query gradients of 14 cases,
+# Above both halves of the rule were, of all 240 cases: in float32, 16 query gradients of 14 cases,
 # 2.1e-6 to 3.7e-6; in float16, 6 of 6 cases, 2.2e-3 to 6.4e-3. All are of one token.
 QUERY_OF_ONE_TOKEN = {"float32": 4e-6, "float16": 7e-3}
 
