@@ -159,8 +159,6 @@ def _aot(args: argparse.Namespace) -> tuple[Any, list[Any]]:
 def _cpu(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     from attnres_compile.bench import cpu as bench
 
-    if args.pairs < 1 or args.processes < 1:
-        raise InputError("--pairs and --processes must be positive.")
     what = (args.shapes, args.modes, args.pairs, args.processes)
     with _progress(args, "timing", bench.steps_of(*what)) as tick:
         found = bench.measure(*what, tick)

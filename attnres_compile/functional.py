@@ -71,6 +71,7 @@ def attnres(
             f"sources is one tensor of shape {tuple(sources.shape)}; pass a list of tensors, for "
             "a stacked one list(sources.unbind(0))."
         )
+    sources = list(sources)  # of a generator, too
     for i, source in enumerate(sources):
         if not isinstance(source, Tensor):
             raise InputError(f"source {i} is a {type(source).__name__}; pass a tensor.")

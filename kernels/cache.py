@@ -65,21 +65,31 @@ def store(name: str, text: str) -> Path:
         return _store_in(directory(), file, text)
     except OSError as error:
         fallback = _temporary_directory()
-        logger.debug("cannot write to %s (%s); using %s", directory(), error, fallback)
+        logger.debug("cannot keep kernels for the user (%s); using %s", error, fallback)
         return _store_in(fallback, file, text)
 
 
 def directory() -> Path:
-    """Where generated sources are kept."""
+    """Where generated sources are kept.
+
+    Raises:
+        OSError: the user has no home directory.
+    """
     if configured := os.environ.get("ATTNRES_CACHE_DIR"):
         return Path(configured)
+    try:
+        base = _user_cache()
+    except RuntimeError as error:  # in containers a user may have no home
+        raise OSError(f"there is no directory for caches: {error}") from error
+    return base / "attnres_compile"
+
+
+def _user_cache() -> Path:
     if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "attnres_compile"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _print(path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnres_compile.kernels.cpp_library import operator
-from attnres_compile.kernels.phase2 import NORMS
+from attnres_compile.kernels.phase2 import NORM_ROWS
 from attnres_compile.kernels.reference import arithmetic_dtype
 from attnres_compile.kernels.stand_ins import stand_in
 
@@ -147,7 +147,7 @@ def phase2(
     wide = norm_dtype != like.dtype
     made_dtype = arithmetic_dtype(like.dtype) if wide else like.dtype
     normed = torch.empty_like(like, dtype=made_dtype) if norm != "none" else None
-    rows = 2 * (len(members) - len(first)) + NORMS.index(norm)
+    rows = 2 * (len(members) - len(first)) + NORM_ROWS[norm]
     saved = query.new_empty((rows, *like.shape[:-1]))
     operator("phase2", like.dtype)(
         members,
@@ -159,7 +159,7 @@ def phase2(
         None,
         eps,
         count,
-        NORMS.index(norm),
+        NORM_ROWS[norm],
         _vector(norm_weight, query),
         _vector(norm_bias, query),
         norm_eps,
@@ -224,7 +224,7 @@ def phase2_backward(
         wide,
         query.contiguous(),
         count,
-        NORMS.index(norm),
+        NORM_ROWS[norm],
         _vector(norm_weight, query),
         saved.contiguous(),
         grads,

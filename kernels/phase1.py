@@ -14,17 +14,16 @@ at ``carriers_out[i]``, from later blocks, is added to this block's own and leav
     dcarrier_i = dcarrier_out_i + sum_j a_ij do_j
     dl_ij = a_ij (do_j . s_i - do_j . o_j + dlse_j)
 
-Of bfloat16 sources Triton saves a row: the newest need not be read for its ``dl``, since
+Of up to 8 bfloat16 sources Triton saves a row: the newest need not be read for its ``dl``, since
 ``sum_i dl_ij = dlse_j``, and phase 2 has ``do_j . o_j`` at hand. It returns it as the gradient of
 ``statistics[j, 1]``, whose value is zero and means nothing. So mixes must be read by
 ``attnres::phase2``, with their statistics, and by nothing else: any other gradient of a mix would
-lack that term. It also costs digits: the rounding of ``o_j`` and of the products, of the size of
-all sources' terms together, falls on what the newest gets. With 8 completed sources that is not
-seen beside the rounding of gradients; with more than 20, what a source gets from one block alone
-was up to ten times as far off as by the formula, and it means nothing where an older source has
-nearly all the weight. Float16 is held to 2e-3, so there, in float32, and by the others, all
-sources are read, and with
-``t_ij = do_j . s_i`` and r the source that has the largest weight::
+lack that term. It costs digits, since on what the newest gets falls the rounding of ``o_j``, of the
+size of all sources together: of 5 tokens and more, gradients of queries were up to 1.6 times as far
+off as with all sources read, and others no further; of a single token up to 4 times; and where an
+older source has nearly all the weight, so that the queries get next to nothing, that is noise.
+Float16 is held to 2e-3, so there, of float32 and more sources, and by the others, all are read, and
+with ``t_ij = do_j . s_i`` and r the source that has the largest weight::
 
     dl_ij = a_ij (t_ij - t_rj - sum_k a_kj (t_kj - t_rj) + dlse_j)
 """

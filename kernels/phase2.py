@@ -38,7 +38,8 @@ from attnres_compile.kernels.implementations import (
 )
 from attnres_compile.kernels.stand_ins import share, stand_in
 
-NORMS = ("none", "rms", "layer")
+# The norms, and how many statistics of a token each keeps for its backward pass.
+NORM_ROWS = {"none": 0, "rms": 1, "layer": 2}
 
 
 @torch.library.custom_op(
@@ -138,7 +139,7 @@ def _phase2_fake(
     shape, empty = like.shape, like.new_empty(0)
     partial = stand_in(like) if len(addends) == 1 else like.new_empty(shape)
     members = len(sources) + bool(addends)
-    rows = 2 * members + NORMS.index(norm)
+    rows = 2 * members + NORM_ROWS[norm]
     return (
         partial if addends else empty,
         like.new_empty(shape) if wants_mix or norm == "none" else empty.clone(),
@@ -324,8 +325,8 @@ def check_arguments(
         raise InputError("there is nothing to mix; pass a phase-1 result, sources or addends.")
     if (before is None) != (statistics is None):
         raise InputError("a phase-1 result comes with its statistics; pass both or neither.")
-    if norm not in NORMS:
-        raise InputError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}.")
+    if norm not in NORM_ROWS:
+        raise InputError(f"norm={norm!r} is unknown; use one of {', '.join(NORM_ROWS)}.")
 
 
 def _like(before: Tensor | None, sources: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:

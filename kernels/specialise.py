@@ -13,6 +13,7 @@ import torch
 
 from attnres_compile.errors import BackendError
 from attnres_compile.kernels.codegen import Kind, Parameter, Specialisation
+from attnres_compile.kernels.phase2 import NORM_ROWS
 from attnres_compile.kernels.reference import arithmetic_dtype
 
 # Sites that one pass over the sources serves, and logits that one pass over a source yields. The
@@ -24,8 +25,9 @@ SUM_TILE = 256
 # mix, its gradient and the sums over tokens. With more, the members are read a second time.
 MAX_HELD = 20
 _CHANNELS_PER_WARP = 256
-# Rows of statistics that a norm keeps for its backward pass.
-NORM_ROWS = {"none": 0, "rms": 1, "layer": 2}
+# In bfloat16 with as many completed sources or fewer, phase 1 does not read the newest one for the
+# gradients of its logits; with more, that would cost more digits and spare less of the traffic.
+MAX_DERIVED = 8
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -308,9 +310,11 @@ def sum_partials(*, dtype: torch.dtype) -> Specialisation:
 def sources_with_slopes(sources: int, dtype: torch.dtype) -> int:
     """Of how many sources phase 1 forms the slopes that the gradients of logits come from.
 
-    In bfloat16 not of the newest, which is a row less to read; ``phase1.py`` says what that costs.
+    Of all but the newest where that is derived, which is a row less to read; ``phase1.py`` says
+    what it costs.
     """
-    return sources - 1 if sources == 1 or dtype == torch.bfloat16 else sources
+    derived = dtype == torch.bfloat16 and sources <= MAX_DERIVED
+    return sources - 1 if sources == 1 or derived else sources
 
 
 def streaming_tile(width: int) -> int:

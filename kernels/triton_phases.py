@@ -14,6 +14,7 @@ from torch import Tensor
 from attnres_compile.kernels import launch, specialise
 from attnres_compile.kernels.arguments import Layout, accepted, contiguous, groups, named
 from attnres_compile.kernels.launch import Argument, check_device, runs
+from attnres_compile.kernels.phase2 import NORM_ROWS
 from attnres_compile.kernels.stand_ins import stand_in
 
 
@@ -63,6 +64,7 @@ def complete_backward(
 ) -> list[Tensor]:
     """``plain_phases.complete_backward``."""
     source, grad_logits = source.contiguous(), grad_logits.contiguous()
+    logits, inverse_rms = logits.contiguous(), inverse_rms.contiguous()
     check_device(queries)
     layout = Layout(source, dim)
     arriving = None if grad_source is None else grad_source.contiguous()
@@ -234,7 +236,7 @@ def phase2(
         eps=eps,
         norm_eps=norm_eps,
     )
-    rows = 2 * (len(sources) + bool(addends)) + specialise.NORM_ROWS[norm]
+    rows = 2 * (len(sources) + bool(addends)) + NORM_ROWS[norm]
     partial = layout.source() if len(addends) == 2 else launch.allocate(like, 0)
     mixed = layout.source() if wants_mix else launch.allocate(like, 0)
     normed = (
@@ -324,7 +326,7 @@ def phase2_backward(
         "partial": partial,
         "query": query.contiguous(),
         "norm_weight": None if norm_weight is None else norm_weight.contiguous(),
-        "saved": saved,
+        "saved": saved.contiguous(),
         "grad_before": grad_before,
         "grad_statistics": grad_statistics,
         **{f"grad_source{k}": grad for k, grad in results.items()},

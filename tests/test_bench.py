@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from attnres_compile.bench import bytes as bench_bytes
 from attnres_compile.bench import child, cpu, cpu_times, gpu
-from attnres_compile.bench.child import STEP, found_by
+from attnres_compile.bench.child import found_by
 from attnres_compile.bench.decoder import SHAPES, models
 from attnres_compile.bench.peers import peers
 from attnres_compile.bench.residual_model import ResidualModel, attnres_mix
@@ -95,25 +97,53 @@ def test_bytes_see_a_lost_fusion() -> None:
     assert rows + 4 * s / 64 < backward < rows + 4 * s / 64 + 2 * scalars
 
 
+CHILD = "from attnres_compile.bench.child import say_found, say_step; "
+
+
 def test_a_child_says_what_it_found_and_each_step() -> None:
     ticks: list[int] = []
-    script = f"print('{STEP}'); print('{STEP}'); print('{{\"found\": 3}}')"
+    script = CHILD + "print('and'); say_step(); say_step(); say_found({'it': 3}); print('more')"
     found = found_by("-c", script, environment={}, tick=lambda: ticks.append(1))
-    assert (found, len(ticks)) == ({"found": 3}, 2)
+    assert (found, len(ticks)) == ({"it": 3}, 2)
 
 
 @pytest.mark.parametrize(
-    ("printed", "said"),
+    ("script", "said"),
     [
         # PyTorch's hints stand after the error.
-        ("x()\nTypeError: no x\n\nSet TORCH_LOGS", "failed: TypeError: no x$"),
-        ("killed", "failed: killed$"),
-        (1, "failed: no message$"),
+        ("sys.exit('x()\\nTypeError: no x\\n\\nSet TORCH_LOGS')", "failed: TypeError: no x$"),
+        ("sys.exit('a.Unsupported: no\\n  Hint: try')", "failed: a.Unsupported: no$"),
+        ("sys.exit('W11 a.py: careful')", "failed: W11 a.py: careful$"),
+        (
+            "sys.stderr.buffer.write(b'\\xff no'); sys.exit(1)",
+            "failed: \ufffd no$",
+        ),
+        ("sys.exit(1)", "failed: it said nothing$"),
+        ("pass", "failed: it said nothing$"),
+        ("import os; os.kill(os.getpid(), 9)", r"failed: it was killed by SIGKILL; .* memory\.$"),
     ],
 )
-def test_a_child_says_why_it_failed(printed: object, said: str) -> None:
+def test_a_child_says_why_it_failed(script: str, said: str) -> None:
     with pytest.raises(BackendError, match=said):
-        found_by("-c", f"import sys; sys.exit({printed!r})", environment={})
+        found_by("-c", f"import sys; {script}", environment={})
+
+
+def test_an_interrupt_leaves_no_child_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[subprocess.Popen[str]] = []
+
+    class Watched(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            children.append(self)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    script = CHILD + "say_step(); import time; time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        found_by("-c", script, environment={}, tick=interrupt)
+    assert children[0].wait(10) == -signal.SIGKILL
 
 
 def test_peers() -> None:
@@ -163,17 +193,29 @@ def test_ratios_of_steps_are_medians_of_all_rounds(monkeypatch: pytest.MonkeyPat
     assert found["shapes"]["tiny"]["training_milliseconds"]["converted"] == 4000
 
 
-def test_rounds_are_shared_between_processes() -> None:
-    """The bar ends where they end, also with more processes than rounds."""
+def test_rounds_are_shared_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more processes than rounds; the form that is compiled first takes turns."""
+    asked: list[dict[str, Any]] = []
+
+    def answer(*arguments: str, **_: object) -> list[dict[str, Any]]:
+        asked.append(json.loads(arguments[-1]))
+        forms = dict.fromkeys((*cpu_times.COMPILED, *cpu_times.EAGER), [1.0] * asked[-1]["rounds"])
+        return [{"first_calls": {"plain": 1.0, "converted": 1.0}, "steps": forms}]
+
+    monkeypatch.setattr(child, "found_by", answer)
     for pairs, processes, rounds in ((21, 3, [7, 7, 7]), (5, 3, [2, 2, 1]), (2, 3, [1, 1])):
-        steps = sum(cpu_times.steps_of(["a", "b"], ["training"], each) for each in rounds)
-        assert cpu.steps_of(["a", "b"], ["training"], pairs, processes) == steps
+        asked.clear()
+        found = cpu.measure(["tiny", "tiny"], ["training"], pairs, processes)
+        assert [each["rounds"] for each in asked] == rounds
+        assert [each["plain_first"] for each in asked] == [True, False, True][: len(rounds)]
+        assert found["processes"] == len(rounds)
 
 
-@pytest.mark.parametrize("flag", ["--pairs", "--processes"])
-def test_cpu_without_a_round(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "cpu", flag, "0"]) == 2
-    assert "must be positive" in capsys.readouterr().err
+def test_the_bar_ends_where_the_steps_do() -> None:
+    case = (["tiny"], ["inference"], 2, 1)
+    ticks: list[int] = []
+    cpu.measure(*case, tick=lambda: ticks.append(1))
+    assert len(ticks) == cpu.steps_of(*case)
 
 
 def test_the_compared_networks_compute_the_same() -> None:
@@ -227,6 +269,7 @@ def test_gpu_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         (("bytes", "--completed", "2"), "at least 3 completed sources"),
         (("aot", "--kernels", "phase 9"), "no kernel is called 'phase 9'"),
         (("cpu", "--pairs", "0"), "must be positive"),
+        (("cpu", "--processes", "0"), "must be positive"),
         (("cpu", "--json", "nowhere/x.json"), "is no directory"),
         (("fly",), "invalid choice"),
         ((), "required: WHAT"),

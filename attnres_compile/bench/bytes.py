@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from attnres_compile.bench.child import found_by
+from attnres_compile.bench.child import found_by, say_found
 from attnres_compile.bench.machine import machine
 from attnres_compile.bench.peers import peers
 from attnres_compile.bench.residual_model import ResidualModel, listeners
@@ -210,8 +210,8 @@ def _sublayer_of(node: Any) -> int | None:
 
 
 def main(case: str) -> None:
-    """Prints what is counted for a `Case` as JSON."""
-    print(json.dumps(count(Case(**json.loads(case)))))
+    """Says what is counted for a `Case` in JSON."""
+    say_found(count(Case(**json.loads(case))))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""A measurement in a process of its own, which prints what it finds as its last line."""
+"""A measurement in a process of its own, which prints what it has found.
+
+The process that measures calls `say_step` and `say_found`; the one that asks calls `found_by`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,43 +17,67 @@ from typing import Any
 
 from attnres_compile.errors import BackendError
 
-STEP = "."  # a child prints such a line whenever it has done a step
+_STEP, _FOUND = "step", "found "
+
+
+def say_step() -> None:
+    """In a child: a step is done."""
+    print(_STEP, flush=True)
+
+
+def say_found(result: Any) -> None:
+    """In a child: ``result``, as JSON."""
+    print(_FOUND + json.dumps(result), flush=True)
 
 
 def found_by(
     *arguments: str, environment: Mapping[str, str], tick: Callable[[], None] = lambda: None
 ) -> Any:
-    """The JSON that ``python *arguments`` prints last; `tick` is called after each of its steps.
+    """What ``python *arguments`` says it has found; `tick` is called after each of its steps.
 
     Args:
         arguments: for Python, such as ``("-m", "package.module", "argument")``.
         environment: variables besides those of this process.
-        tick: called for each line that is a `STEP`.
+        tick: called for each step.
 
     Raises:
-        BackendError: the child failed; with the last error that it named.
+        BackendError: the child failed, with the last error that it named, or found nothing.
     """
-    # What runs here is run there, not what the working directory holds.
+    # Imported is the package that runs here, not what the working directory holds (Python 3.11).
     variables = {**os.environ, "PYTHONSAFEPATH": "1", **environment}
-    command = [sys.executable, *arguments]
-    last = ""
+    found = ""
     with (
-        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
-            command, env=variables, stdout=subprocess.PIPE, stderr=errors, text=True
+            [sys.executable, *arguments],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
         ) as child,
     ):
-        for line in child.stdout or ():
-            last = line.strip()
-            if last == STEP:
-                tick()
-        if child.wait():
-            errors.seek(0)
-            raise BackendError(f"the measuring process failed: {_reason(errors.read())}")
-    return json.loads(last)
+        try:
+            for line in child.stdout or ():
+                if line.strip() == _STEP:
+                    tick()
+                elif line.startswith(_FOUND):
+                    found = line.removeprefix(_FOUND)
+            child.wait()
+        except BaseException:  # an interrupt is to leave no child behind
+            child.kill()
+            raise
+        errors.seek(0)
+        if child.returncode or not found:
+            reason = _reason(child.returncode, errors.read())
+            raise BackendError(f"the measuring process failed: {reason}")
+    return json.loads(found)
 
 
-def _reason(output: str) -> str:
-    """The last error that a child named; hints may follow it."""
-    lines = output.strip().splitlines() or ["no message"]
-    return next((each for each in reversed(lines) if re.match(r"[\w.]+Error: ", each)), lines[-1])
+def _reason(code: int, output: str) -> str:
+    """The signal that ended a child, or the last error that it named; hints may follow that."""
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}; there may be too little memory."
+    lines = output.strip().splitlines() or ["it said nothing"]
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: ", line)]
+    return [*lines[-1:], *named][-1]

@@ -18,6 +18,7 @@ from attnres_compile.bench import child, cpu_times
 from attnres_compile.bench.cpu_times import Times
 from attnres_compile.bench.decoder import SHAPES
 from attnres_compile.bench.machine import machine
+from attnres_compile.errors import InputError
 
 
 def measure(
@@ -31,11 +32,18 @@ def measure(
 
     The keys inference_ratio, training_ratio and compile_ratio are of the worst shape; those of
     each stand in "shapes".
+
+    Raises:
+        InputError: pairs or processes are not positive.
+        BackendError: a process that measured failed.
     """
+    if pairs < 1 or processes < 1:
+        raise InputError("pairs and processes must be positive.")
+    shapes, modes = list(dict.fromkeys(shapes)), list(dict.fromkeys(modes))
     taken: list[list[Times]] = []
-    for rounds in _shares(pairs, processes):
-        what = json.dumps({"shapes": shapes, "modes": modes, "rounds": rounds})
-        module = ("-m", cpu_times.__name__, what)
+    for number, rounds in enumerate(_shares(pairs, processes)):
+        case = {"shapes": shapes, "modes": modes, "rounds": rounds, "plain_first": number % 2 == 0}
+        module = ("-m", cpu_times.__name__, json.dumps(case))
         found = child.found_by(*module, environment={}, tick=tick)
         taken.append([Times(**times) for times in found])
     ratios: dict[str, dict[str, Any]] = {name: asdict(SHAPES[name]) for name in shapes}
@@ -56,8 +64,8 @@ def steps_of(shapes: Sequence[str], modes: Sequence[str], pairs: int, processes:
 
 
 def _shares(pairs: int, processes: int) -> list[int]:
-    """How many rounds each process takes; no process has none."""
-    shares = [pairs // processes + (number < pairs % processes) for number in range(processes)]
+    """How many rounds each process takes: none takes none, and none two more than another."""
+    shares = (len(range(number, pairs, processes)) for number in range(processes))
     return [share for share in shares if share]
 
 

@@ -1,7 +1,7 @@
 """Times of steps and first calls on a CPU, of all forms of a network in one process.
 
 ``python -m attnres_compile.bench.cpu_times`` with shapes, modes and the number of rounds as JSON
-prints the `Times` of each shape and mode. All forms run in turns, in an order that is reversed from
+says the `Times` of each shape and mode. All forms run in turns, in an order that is reversed from
 one round to the next, so that what else the machine does falls on all alike. The naive form (stack
 the sources, norm them, sum) stands beside the eager operator, whose overhead it is to judge.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnres_compile.bench.child import STEP
+from attnres_compile.bench.child import say_found, say_step
 from attnres_compile.bench.decoder import SHAPES, models
 
 COMPILED = ("plain", "converted")
@@ -39,24 +39,32 @@ class Times:
     steps: dict[str, list[float]]
 
 
-def time_all(shapes: Sequence[str], modes: Sequence[str], rounds: int) -> list[Times]:
-    """The times of every mode of every shape, in that order; prints a line after each step."""
+def time_all(
+    shapes: Sequence[str], modes: Sequence[str], rounds: int, plain_first: bool
+) -> list[Times]:
+    """The times of every mode of every shape, in that order; says so after each step.
+
+    The form that is compiled second finds some of what the first one has imported and kept, so
+    processes take turns in ``plain_first``.
+    """
     import torch._inductor.config
 
     # A first call is to compile, not to find what an earlier process has compiled.
     with torch._inductor.config.patch(force_disable_caches=True):
         for mode in modes if set(shapes) != {"tiny"} else ():
-            _first_calls("tiny", mode)  # imports, and libraries that are built once and kept
-        return [_time(name, mode, rounds) for name in shapes for mode in modes]
+            _first_calls(
+                "tiny", mode, plain_first
+            )  # imports, and libraries that are built once and kept
+        return [_time(name, mode, rounds, plain_first) for name in shapes for mode in modes]
 
 
 def steps_of(shapes: Sequence[str], modes: Sequence[str], rounds: int) -> int:
-    """How many lines `time_all` prints, for a progress bar."""
+    """How many steps `time_all` has, for a progress bar."""
     return len(shapes) * len(modes) * 2 * (1 + rounds)
 
 
-def _time(name: str, mode: str, rounds: int) -> Times:
-    steps, first_calls = _first_calls(name, mode, _say)
+def _time(name: str, mode: str, rounds: int, plain_first: bool) -> Times:
+    steps, first_calls = _first_calls(name, mode, plain_first, say_step)
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {form: [] for form in steps}
@@ -66,12 +74,12 @@ def _time(name: str, mode: str, rounds: int) -> Times:
         for i in range(rounds):
             for form in reversed(group) if i % 2 else group:
                 times[form].append(_timed(steps[form]))
-            _say()
+            say_step()
     return Times(first_calls, times)
 
 
 def _first_calls(
-    name: str, mode: str, say: Callable[[], None] = lambda: None
+    name: str, mode: str, plain_first: bool, tick: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """What a step of each form is, and how long the first one of the compiled forms took."""
     made, ids = models(SHAPES[name])
@@ -82,9 +90,9 @@ def _first_calls(
     }
     steps = {form: _step(compiled, made[form], ids, mode) for form, compiled in forms.items()}
     seconds = {}
-    for form, step in steps.items():
-        seconds[form] = _timed(step)
-        say()
+    for form in COMPILED if plain_first else reversed(COMPILED):
+        seconds[form] = _timed(steps[form])
+        tick()
     eager = {f"eager_{key}": _step(model, model, ids, mode) for key, model in made.items()}
     return {**steps, **eager}, seconds
 
@@ -110,13 +118,9 @@ def _timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _say() -> None:
-    print(STEP, flush=True)
-
-
 def main(what: str) -> None:
-    """Prints as JSON what `time_all` finds for its arguments in JSON."""
-    print(json.dumps([asdict(times) for times in time_all(**json.loads(what))]))
+    """Says what `time_all` finds for its arguments in JSON."""
+    say_found([asdict(times) for times in time_all(**json.loads(what))])
 
 
 if __name__ == "__main__":

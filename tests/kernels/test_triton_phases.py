@@ -36,7 +36,9 @@ def run_worker(*checks: str) -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("group", GROUPS)
 def test_sizes(group: str, dtype: str) -> None:
     found = run_worker(*[f"{name}:{dtype}" for name in GROUPS[group].split()])
