@@ -57,7 +57,9 @@ class InlineCppPhases(CustomGraphPass):
         absorb_gradients(graph)
         absorb_biases(graph)
         sum_tokens(graph, dtypes_of(graph))
-        write_in_place(graph)
+        # There views are calls as well, whose readers Inductor may move past what writes over them.
+        if not torch._inductor.config.fallback_by_default:
+            write_in_place(graph)
         trim_calls(graph)
         graph.eliminate_dead_code()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -192,20 +193,23 @@ def check_missing() -> dict[str, float]:
 
 
 def check_layouts() -> dict[str, float]:
-    """Rows that do not lie one after the other, and gradients that are views."""
+    """Rows that do not lie one after the other, as arguments and as what was saved; also views."""
     case = PhaseCase(3, (2, 1), (2, 3, 48))
     tensors = case.tensors(torch.float32)
-    strided = {
-        name: torch.stack([t.detach(), t.detach()], -1)[..., 0].requires_grad_()
-        for name, t in tensors.items()
-    }
+
+    def apart(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor.detach()] * 2, -1)[..., 0]
+
+    strided = {name: apart(tensor).requires_grad_() for name, tensor in tensors.items()}
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, apart)
     results = []
-    for given in (tensors, strided):
-        outputs = by_phases("triton")(case, given)
-        total = sum(output.sum() for output in outputs)
-        results.append(torch.autograd.grad(total, list(given.values()), allow_unused=True))
-    pairs = [(a, b) for a, b in zip(*results, strict=True) if a is not None]
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for given, saving in ((tensors, nullcontext()), (strided, nullcontext()), (tensors, kept)):
+        with saving:
+            outputs = by_phases("triton")(case, given)
+            total = sum(output.sum() for output in outputs)
+            results.append(torch.autograd.grad(total, list(given.values()), allow_unused=True))
+    for found in zip(*results, strict=True):
+        assert all(torch.equal(found[0], each) for each in found if each is not None)
     return {}
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,19 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.sep + "somewhere")
     monkeypatch.setattr(sys, "platform", "linux")
     assert cache.directory() == Path(os.sep, "somewhere", "attnres_compile")
+
+
+def test_a_user_without_a_home_keeps_kernels_in_a_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("ATTNRES_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(OSError, match="no directory for caches: Could not determine"):
+        cache.directory()
+    path = cache.store("kernel", "x = 1\n")
+    assert path.read_text() == "x = 1\n"
+    assert Path(tempfile.gettempdir()) in path.parents

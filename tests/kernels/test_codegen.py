@@ -37,6 +37,10 @@ def test_text(name: str) -> None:
     assert len(ast.get_docstring(function) or "") > 100
     used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
     assert set(arguments) <= used | {"TOK"}
+    (jit,) = function.decorator_list
+    options = {k.arg: ast.literal_eval(k.value) for k in jit.keywords}  # type: ignore[attr-defined]
+    sizes = [p.name for p in KERNELS[name].parameters if p.kind == "number"]
+    assert options["do_not_specialize"] == sizes, "other sizes would compile it again"
     assert "{{" not in text
     assert "{%" not in text
     assert "atomic" not in text
