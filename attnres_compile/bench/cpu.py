@@ -1,9 +1,8 @@
 """Step time and first-call compile time of a converted model over the unconverted one, on a CPU.
 
 A ratio of steps is the median of the ratios of all rounds, in which the forms ran one after the
-other. The rounds are taken in several processes: where a process happens to have its memory makes
-matrix products up to 6 % faster or slower, in one form and not in the other, and no number of
-rounds in one process tells that from what the conversion costs.
+other. The rounds are taken in several processes, since the medians of single ones lie hundredths
+apart, up to 0.06 ("by_process" in the results), which no number of rounds in one process shows.
 """
 
 from __future__ import annotations
