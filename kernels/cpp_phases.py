@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attnres_compile.kernels.cpp_library import operator
-from attnres_compile.kernels.phase2 import NORM_ROWS
+from attnres_compile.kernels.implementations import NORM_ROWS
 from attnres_compile.kernels.reference import arithmetic_dtype
 from attnres_compile.kernels.stand_ins import stand_in
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from attnres_compile.errors import BackendError
 
+# The norms, and how many statistics of a token each keeps for its backward pass.
+NORM_ROWS = {"none": 0, "rms": 1, "layer": 2}
 _MODULES = {"reference": "plain_phases", "triton": "triton_phases", "cpp": "cpp_phases"}
 
 

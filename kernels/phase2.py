@@ -31,15 +31,13 @@ from torch import Tensor
 
 from attnres_compile.errors import InputError
 from attnres_compile.kernels.implementations import (
+    NORM_ROWS,
     differentiate_once,
     implementation,
     tokens_of,
     without_autocast,
 )
 from attnres_compile.kernels.stand_ins import share, stand_in
-
-# The norms, and how many statistics of a token each keeps for its backward pass.
-NORM_ROWS = {"none": 0, "rms": 1, "layer": 2}
 
 
 @torch.library.custom_op(

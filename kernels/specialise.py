@@ -13,7 +13,7 @@ import torch
 
 from attnres_compile.errors import BackendError
 from attnres_compile.kernels.codegen import Kind, Parameter, Specialisation
-from attnres_compile.kernels.phase2 import NORM_ROWS
+from attnres_compile.kernels.implementations import NORM_ROWS
 from attnres_compile.kernels.reference import arithmetic_dtype
 
 # Sites that one pass over the sources serves, and logits that one pass over a source yields. The

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attnres_compile.kernels import launch, specialise
 from attnres_compile.kernels.arguments import Layout, accepted, contiguous, groups, named
+from attnres_compile.kernels.implementations import NORM_ROWS
 from attnres_compile.kernels.launch import Argument, check_device, runs
-from attnres_compile.kernels.phase2 import NORM_ROWS
 from attnres_compile.kernels.stand_ins import stand_in
 
 
