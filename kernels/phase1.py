@@ -19,11 +19,11 @@ Of up to 8 bfloat16 sources Triton saves a row: the newest need not be read for 
 ``statistics[j, 1]``, whose value is zero and means nothing. So mixes must be read by
 ``attnres::phase2``, with their statistics, and by nothing else: any other gradient of a mix would
 lack that term. It costs digits, since on what the newest gets falls the rounding of ``o_j``, of the
-size of all sources together: of 5 tokens and more, gradients of queries were up to 1.6 times as far
-off as with all sources read, and others no further; of a single token up to 4 times; and where an
-older source has nearly all the weight, so that the queries get next to nothing, that is noise.
-Float16 is held to 2e-3, so there, of float32 and more sources, and by the others, all are read, and
-with ``t_ij = do_j . s_i`` and r the source that has the largest weight::
+size of all sources together: of 5 tokens and more, gradients of queries and branches were up to 1.8
+times as far off as with all sources read; of a single token up to 4 times; and where an older
+source has nearly all the weight, so that the queries get next to nothing, that is noise. Float16 is
+held to 2e-3. So of float16 and float32, of more sources, and by the other kernels, all are read,
+and with ``t_ij = do_j . s_i`` and r the source that has the largest weight::
 
     dl_ij = a_ij (t_ij - t_rj - sum_k a_kj (t_kj - t_rj) + dlse_j)
 """

@@ -52,9 +52,8 @@ def time_all(
     # A first call is to compile, not to find what an earlier process has compiled.
     with torch._inductor.config.patch(force_disable_caches=True):
         for mode in modes if set(shapes) != {"tiny"} else ():
-            _first_calls(
-                "tiny", mode, plain_first
-            )  # imports, and libraries that are built once and kept
+            # imports, and libraries that are built once and kept
+            _first_calls("tiny", mode, plain_first)
         return [_time(name, mode, rounds, plain_first) for name in shapes for mode in modes]
 
 
